@@ -1,0 +1,373 @@
+"""Stage `params`: validate `params.yaml` once, before any work, into frozen typed objects.
+
+Every other stage asks `load_params()` for its section and never reads the file by hand. The
+stage's output is the JSON schema of the file, which stays the same whatever the values, so a
+changed value re-runs only the stages that use it.
+"""
+
+import argparse
+import difflib
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
+
+from pipelines.cli import GrimaceError, run
+
+TaskName = Literal["emotion", "landmarks"]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Share = Annotated[float, Field(gt=0.0, lt=1.0)]
+NonNegative = Annotated[float, Field(ge=0.0)]
+Positive = Annotated[float, Field(gt=0.0)]
+
+
+def main() -> None:
+    """Validate the parameters and write their JSON schema."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("reports/params/schema.json"))
+    args = parser.parse_args()
+    params = load_params()
+    _check_policies(params)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(json.dumps(Params.model_json_schema(), indent=2) + "\n")
+    print("params.yaml is valid")
+
+
+def load_params(path: Path = Path("params.yaml")) -> "Params":
+    """Read and validate the parameter file.
+
+    Raises:
+        GrimaceError: the file is missing or not YAML, or has an unknown key, a wrong type or an
+            impossible value; one line for each, naming the key.
+    """
+    try:
+        raw = yaml.safe_load(path.read_text())
+    except FileNotFoundError:
+        raise GrimaceError(
+            f"{path} is missing: run from the root of the Grimace repository"
+        ) from None
+    except yaml.YAMLError as error:
+        raise GrimaceError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    try:
+        # JSON mode, because strict validation then still takes a list for a tuple.
+        return Params.model_validate_json(json.dumps(raw), strict=True)
+    except ValidationError as error:
+        lines = [_explain(item, raw) for item in error.errors()]
+        raise GrimaceError("\n       ".join(f"{path}: {line}" for line in lines)) from None
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Task(_Section):
+    """What one task learns from, and the face crop that is its model's input.
+
+    Attributes:
+        dataset: a name under `download`.
+        size: side of the square crop in pixels.
+        channels: 1 for grey, 3 for RGB.
+        margin: added on every side of the face box, as a fraction of its longer side.
+    """
+
+    dataset: str
+    size: Annotated[int, Field(ge=16, le=512, multiple_of=16)]
+    channels: Literal[1, 3]
+    margin: Annotated[float, Field(ge=-0.25, le=1.0)]
+
+
+class Tasks(_Section):
+    """The two tasks."""
+
+    emotion: Task
+    landmarks: Task
+
+    def named(self, task: TaskName) -> Task:
+        """Return the section of one task."""
+        return self.emotion if task == "emotion" else self.landmarks
+
+
+class SyntheticSource(_Section):
+    """How many faces the built-in generator renders, and from which seed."""
+
+    count: Annotated[int, Field(ge=70)]
+    seed: int
+
+
+class ArchiveSource(_Section):
+    """Where an archive comes from.
+
+    Attributes:
+        archive: file name looked for in `GRIMACE_ARCHIVES`, then in `data/archives/`.
+        url: where it can be fetched without a person, or null.
+        page: where a person gets it.
+        sha256: sums of known versions of the archive.
+        require_known: refuse an archive whose sum is not listed, rather than warn.
+    """
+
+    archive: str
+    url: str | None
+    page: str
+    sha256: tuple[Annotated[str, Field(pattern="^[0-9a-f]{64}$")], ...]
+    require_known: bool
+
+
+class Download(_Section):
+    """One source for each dataset."""
+
+    synthetic: SyntheticSource
+    fer2013: ArchiveSource
+    ytf_keypoints: ArchiveSource
+
+
+class Filter(_Section):
+    """What `filter` drops.
+
+    Attributes:
+        blank_std: an image whose grey levels (0-255) vary less than this standard deviation is
+            blank.
+        exact_duplicates: drop images with the same pixels as one that is kept.
+    """
+
+    blank_std: NonNegative
+    exact_duplicates: bool
+
+
+class Split(_Section):
+    """How examples without an official split are divided.
+
+    Attributes:
+        seed: changes the draw.
+        val, test: shares of the groups (people); the rest is for training.
+    """
+
+    seed: int
+    val: Share
+    test: Share
+
+    @model_validator(mode="after")
+    def _leave_something_to_train_on(self) -> Self:
+        if self.val + self.test >= 1:
+            raise ValueError("val + test leave nothing for training")
+        return self
+
+
+class Transform(BaseModel):
+    """One albumentations transform: its name, and its arguments by their own names."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+    transform: str
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """Keyword arguments of the transform."""
+        return dict(self.model_extra or {})
+
+
+class AugmentTask(_Section):
+    """How one task's training set is multiplied.
+
+    Attributes:
+        views: augmented versions of each training image; epoch e trains on view e mod views.
+        jitter_shift: the face box moves by up to this fraction of its side, each way.
+        jitter_scale: the face box grows or shrinks by up to this fraction.
+        policy: albumentations transforms, applied in order.
+    """
+
+    views: PositiveInt
+    jitter_shift: Fraction
+    jitter_scale: Annotated[float, Field(ge=0.0, lt=1.0)]
+    policy: tuple[Transform, ...]
+
+
+class Augment(_Section):
+    """Augmentation of both tasks; `workers: 0` uses every core."""
+
+    seed: int
+    workers: Annotated[int, Field(ge=0)]
+    emotion: AugmentTask
+    landmarks: AugmentTask
+
+    def named(self, task: TaskName) -> AugmentTask:
+        """Return the section of one task."""
+        return self.emotion if task == "emotion" else self.landmarks
+
+
+class TrainJob(_Section):
+    """One training.
+
+    Attributes:
+        task: what is learnt.
+        model: a backbone of `models.backbones`.
+        widths: channels of its blocks.
+        dropout: before the last dense layer.
+        loss: "cross_entropy" for emotion, "wing" for landmarks.
+        label_smoothing: of the cross-entropy; 0 for landmarks.
+        optimizer: "sgd" (Nesterov momentum 0.9) or "adamw".
+        learning_rate: at its peak, after a linear warm-up over the first twentieth of the steps
+            and before a cosine to zero.
+        weight_decay: L2 under sgd (on kernels), decoupled under adamw.
+        batch: images a step.
+        epochs: by dataset; "default" for those not named.
+        precision: "float32" or "mixed_bfloat16".
+        seed: of the initial weights, the order of images, and dropout.
+    """
+
+    task: TaskName
+    model: Literal["plain", "residual"]
+    widths: Annotated[tuple[PositiveInt, ...], Field(min_length=1, max_length=5)]
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)]
+    loss: Literal["cross_entropy", "wing"]
+    label_smoothing: Annotated[float, Field(ge=0.0, lt=1.0)]
+    optimizer: Literal["sgd", "adamw"]
+    learning_rate: Positive
+    weight_decay: NonNegative
+    batch: PositiveInt
+    epochs: dict[str, PositiveInt]
+    precision: Literal["float32", "mixed_bfloat16"]
+    seed: int
+
+    @model_validator(mode="after")
+    def _loss_fits_task(self) -> Self:
+        if (self.task == "emotion") != (self.loss == "cross_entropy"):
+            raise ValueError(f"loss {self.loss} does not fit task {self.task}")
+        if "default" not in self.epochs:
+            raise ValueError("epochs needs a 'default' beside the datasets it names")
+        return self
+
+
+class Train(_Section):
+    """All trainings, named TASK-MODEL."""
+
+    jobs: dict[str, TrainJob]
+
+    @model_validator(mode="after")
+    def _names_say_what_is_trained(self) -> Self:
+        for name, job in self.jobs.items():
+            if name != f"{job.task}-{job.model}":
+                raise ValueError(f"job {name} must be called {job.task}-{job.model}")
+        return self
+
+
+class Evaluate(_Section):
+    """Resamples behind the 95 % intervals, their seed, and the size of the worst-case gallery."""
+
+    resamples: Annotated[int, Field(ge=100)]
+    seed: int
+    gallery: PositiveInt
+
+
+class SelectTask(_Section):
+    """The validation metric that decides, and whether more of it is better."""
+
+    metric: str
+    higher_is_better: bool
+
+
+class Select(_Section):
+    """How each task's candidate is chosen."""
+
+    emotion: SelectTask
+    landmarks: SelectTask
+
+    def named(self, task: TaskName) -> SelectTask:
+        """Return the section of one task."""
+        return self.emotion if task == "emotion" else self.landmarks
+
+
+class Export(_Section):
+    """Calibration images (from the train split) and TensorRT targets to build engines for."""
+
+    calibration: Annotated[int, Field(ge=16)]
+    engines: tuple[Annotated[str, Field(pattern="^sm[0-9]{2,3}$")], ...]
+
+
+class Verify(_Section):
+    """What a deployable may lose against float32, and how its latency is taken.
+
+    Attributes:
+        accuracy_points: most that emotion accuracy may fall, in points of a hundred.
+        nme_relative: most that the NME may rise, as a fraction of the float32 NME.
+        agreement: least share of equal decisions (emotion) on the same images.
+        latency_runs: single-image calls that are timed.
+    """
+
+    accuracy_points: NonNegative
+    nme_relative: NonNegative
+    latency_runs: Annotated[int, Field(ge=10)]
+
+
+class Tracking(_Section):
+    """Where MLflow keeps runs; the environment's MLFLOW_TRACKING_URI has precedence."""
+
+    uri: str
+
+
+class Params(_Section):
+    """The whole of `params.yaml`, one attribute a section."""
+
+    tasks: Tasks
+    tracking: Tracking
+    download: Download
+    filter: Filter
+    split: Split
+    augment: Augment
+    train: Train
+    evaluate: Evaluate
+    select: Select
+    export: Export
+    verify: Verify
+
+    @model_validator(mode="after")
+    def _datasets_and_models_exist(self) -> Self:
+        known = list(Download.model_fields)
+        for task in ("emotion", "landmarks"):
+            dataset = getattr(self.tasks, task).dataset
+            if dataset not in known:
+                raise ValueError(
+                    f"tasks.{task}.dataset: {dataset!r} is not a dataset; "
+                    f"known are {', '.join(known)}"
+                )
+            if not any(job.task == task for job in self.train.jobs.values()):
+                raise ValueError(f"train.jobs has no model for task {task}")
+        return self
+
+
+def _explain(error: Any, raw: Any) -> str:
+    """One line for one pydantic error: the key as it stands in the file, and what is wrong."""
+    key = ".".join(str(part) for part in error["loc"]) or "the file"
+    if error["type"] == "extra_forbidden":
+        parent = error["loc"][:-1]
+        close = difflib.get_close_matches(str(error["loc"][-1]), _known_keys(parent), n=1)
+        return f"{key}: unknown key" + (f" (did you mean {close[0]!r}?)" if close else "")
+    if error["type"] == "missing":
+        return f"{key}: missing"
+    message = error["msg"].removeprefix("Value error, ")
+    if error["type"] == "value_error":
+        return message if key == "the file" else f"{key}: {message}"
+    return f"{key}: {message[0].lower()}{message[1:]}, not {error['input']!r}"
+
+
+def _known_keys(location: tuple[Any, ...]) -> list[str]:
+    """Keys the schema allows at a location of the file."""
+    model: Any = Params
+    for part in location:
+        if isinstance(model, type) and issubclass(model, BaseModel):
+            model = model.model_fields[str(part)].annotation
+        else:  # dict[str, Section]: any name leads to the section
+            model = model.__args__[1]
+    return list(model.model_fields) if hasattr(model, "model_fields") else []
+
+
+def _check_policies(params: Params) -> None:
+    """Build both augmentation policies, so that a bad transform is named before any work."""
+    from pipelines.augment import build_policy
+
+    for task in ("emotion", "landmarks"):
+        build_policy(params.augment.named(task), where=f"augment.{task}.policy")
+
+
+if __name__ == "__main__":
+    run(main)
