@@ -1,0 +1,88 @@
+// Runs one TF.js graph model for pipelines/runtimes/tfjs.py. The same code serves both hosts, Node
+// and a browser page: it asks the loopback address `base` for jobs and posts back what comes out.
+
+const MINIMUM_PAUSE_MS = 50;
+
+/** Open the model, announce it, then answer jobs until there are no more. */
+export async function serve(tf, base) {
+  try {
+    const model = await open(tf, base);
+    await post(base, "ready", describe(tf, model));
+    for (;;) {
+      const job = await nextJob(base);
+      if (job === null) return;
+      await answer(tf, model, base, job);
+    }
+  } catch (error) {
+    await post(base, "failure", message(error));
+  }
+}
+
+async function open(tf, base) {
+  // One thread in both hosts, so that their latencies can be compared with the other runtimes'.
+  tf.env().set("WASM_HAS_MULTITHREAD_SUPPORT", false);
+  tf.setWasmPaths(`${base}wasm/`);
+  if (!(await tf.setBackend("wasm"))) throw new Error("the WebAssembly backend did not start");
+  return tf.loadGraphModel(`${base}model/model.json`);
+}
+
+function describe(tf, model) {
+  return JSON.stringify({
+    version: tf.version_core,
+    inputs: model.inputs.map((tensor) => tensor.shape),
+    outputs: model.outputs.length,
+  });
+}
+
+/** The next job, or null when the server has closed. */
+async function nextJob(base) {
+  for (;;) {
+    const response = await fetch(`${base}job`);
+    if (response.status === 410) return null;
+    if (response.status === 200) {
+      return {
+        runs: Number(response.headers.get("X-Runs")), // 0: predict; more: time that many runs
+        shape: JSON.parse(response.headers.get("X-Shape")),
+        images: new Float32Array(await response.arrayBuffer()),
+      };
+    }
+    await new Promise((resolve) => setTimeout(resolve, MINIMUM_PAUSE_MS));
+  }
+}
+
+async function answer(tf, model, base, { runs, shape, images }) {
+  const input = tf.tensor4d(images, shape);
+  try {
+    if (runs === 0) {
+      const output = await predict(model, input);
+      await post(base, "outputs", output.values, JSON.stringify(output.shape));
+    } else {
+      const times = new Float32Array(runs);
+      for (let run = 0; run < runs; run++) {
+        const start = performance.now();
+        await predict(model, input);
+        times[run] = performance.now() - start;
+      }
+      await post(base, "outputs", times, JSON.stringify([runs]));
+    }
+  } catch (error) {
+    await post(base, "failure", message(error));
+  } finally {
+    input.dispose();
+  }
+}
+
+async function predict(model, input) {
+  const output = model.execute(input);
+  const values = await output.data();
+  output.dispose();
+  return { values, shape: output.shape };
+}
+
+function post(base, what, body, shape = "") {
+  return fetch(base + what, { method: "POST", headers: { "X-Shape": shape }, body });
+}
+
+function message(error) {
+  return String(error?.message ?? error);
+}
