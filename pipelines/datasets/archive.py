@@ -1,0 +1,183 @@
+"""Read a dataset's archive in place, whether it is a zip file, the unpacked folder or one CSV."""
+
+import csv
+import html
+import io
+import re
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path, PurePosixPath
+from typing import IO
+from zipfile import BadZipFile, ZipFile
+
+from pipelines.cli import GrimaceError
+
+# What the zip reader raises on a member that is damaged, encrypted or packed by another method.
+_UNREADABLE = (BadZipFile, zlib.error, EOFError, OSError, NotImplementedError, RuntimeError)
+
+_OTHER_KINDS = {
+    b"\x1f\x8b": "a gzip file",
+    b"Rar!": "a RAR archive",
+    b"7z\xbc\xaf": "a 7-Zip archive",
+    b"BZh": "a bzip2 file",
+    b"\xfd7zXZ": "an xz file",
+}
+
+
+class Archive:
+    """The files of a dataset, by their names inside the archive.
+
+    Attributes:
+        path: the zip file, folder or CSV.
+    """
+
+    def __init__(self, path: Path, names: list[str], opener: Callable[[str], IO[bytes]]):
+        self.path = path
+        self._names = names
+        self._open = opener
+
+    def names(self) -> list[str]:
+        """Names of all files, folders joined by "/", sorted; hidden and resource files left out."""
+        return self._names
+
+    def read(self, name: str) -> tuple[bytes, str]:
+        """Read one file.
+
+        Returns:
+            Its bytes and "", or b"" and what is wrong with it: one bad member does not make the
+            others worthless, so it is for the caller to quarantine that row.
+        """
+        try:
+            with self._open(name) as file:
+                return file.read(), ""
+        except _UNREADABLE as error:
+            return b"", f"damaged in the archive: {_reason(error)}"
+
+    def open_text(self, name: str) -> IO[str]:
+        """Open one file as UTF-8 text; bytes that are not become U+FFFD, a byte-order mark goes."""
+        return io.TextIOWrapper(self._open(name), "utf-8-sig", errors="replace", newline="")
+
+    def read_csv(self, name: str) -> Iterator[list[str]]:
+        """Stream the rows of a CSV file, blank lines left out.
+
+        Raises:
+            GrimaceError: the file is damaged: what follows the damage cannot be found again.
+        """
+        rows = 0
+        try:
+            with self.open_text(name) as file:
+                for cells in csv.reader(file):
+                    rows += 1
+                    if cells:
+                        yield cells
+        except (csv.Error, *_UNREADABLE) as error:
+            raise GrimaceError(
+                f"{self.path}: {name} is damaged after row {rows} ({_reason(error)}); "
+                "get the archive again"
+            ) from None
+
+    def layout(self) -> str:
+        """Describe the content by folder and file type: "train/angry/*.jpg (3995), …"."""
+        kinds = Counter(
+            str(path.parent / f"*{path.suffix}") for path in map(PurePosixPath, self._names)
+        )
+        shown = [f"{kind} ({count})" for kind, count in kinds.most_common(4)]
+        return ", ".join(shown + ["…"] * (len(kinds) > 4))
+
+
+def open_archive(path: Path) -> Archive:
+    """Open a zip file, a folder or a CSV file for reading.
+
+    Raises:
+        GrimaceError: it is missing, empty, cut short, a web page in place of data, or of another
+            kind.
+    """
+    if not path.exists():
+        raise GrimaceError(f"{path} is missing; check the name, or get the archive again")
+    archive = _open_folder(path) if path.is_dir() else _open_file(path)
+    if not archive.names():
+        raise GrimaceError(f"{path} holds no files; get the archive again")
+    return archive
+
+
+def web_page_notice(head: bytes) -> str:
+    """Say what a web page in place of data announces itself as.
+
+    Args:
+        head: the first bytes of a file or of a download.
+
+    Returns:
+        The page's title, "untitled" where it has none, or "" where this is no web page.
+    """
+    text = head.decode("utf-8", "replace").lstrip("\ufeff \t\r\n")
+    if not re.match(r"<(!doctype\s+html|html|head|body|!--|\?xml)", text, re.IGNORECASE):
+        return ""
+    title = re.search(r"<title[^>]*>(.*?)</title>", text, re.IGNORECASE | re.DOTALL)
+    words = html.unescape(title[1]).split() if title else []
+    return " ".join(words)[:120] or "untitled"
+
+
+def _open_folder(path: Path) -> Archive:
+    found = [file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file()]
+    return Archive(path, _shown(found), lambda name: (path / name).open("rb"))
+
+
+def _open_file(path: Path) -> Archive:
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        head = file.read(65536)
+    if not head.strip(b"\0"):
+        nothing = "empty" if size == 0 else f"{size} bytes of nothing but zeros at its start"
+        raise GrimaceError(f"{path} is {nothing}; delete it and get it again")
+    if notice := web_page_notice(head):
+        raise GrimaceError(
+            f"{path} is a web page ({notice!r}), not data: a log-in, a quota or an error stood in "
+            "the way; delete it and get the archive again in a browser"
+        )
+    if head.startswith(b"PK"):
+        return _open_zip(path, size)
+    for magic, kind in _OTHER_KINDS.items():
+        if head.startswith(magic):
+            raise GrimaceError(
+                f"{path} is {kind}, which is not read here; unpack it and name the folder instead"
+            )
+    if b"\0" in head or "," not in head.decode("utf-8", "replace").split("\n", 1)[0]:
+        start = head[:60].decode("ascii", "replace").split("\n", 1)[0]
+        raise GrimaceError(
+            f"{path} is neither a zip file nor a CSV (it starts with {start!r}); "
+            "delete it and get it again"
+        )
+    return Archive(path, [path.name], lambda _: path.open("rb"))
+
+
+def _open_zip(path: Path, size: int) -> Archive:
+    try:
+        zipped = ZipFile(path)
+    except (BadZipFile, OSError, NotImplementedError):
+        # The list of members is a zip's last part, so a file that was cut short has none.
+        raise GrimaceError(
+            f"{path} ends early, after {size:,} bytes: the download broke off; "
+            "delete it and download it again"
+        ) from None
+    files = [member.filename for member in zipped.infolist() if not member.is_dir()]
+    return Archive(path, _shown(files), zipped.open)
+
+
+def _shown(names: list[str]) -> list[str]:
+    """Sort, without what operating systems leave behind."""
+    return sorted(
+        name
+        for name in set(names)
+        if not any(part.startswith((".", "__MACOSX")) for part in name.split("/"))
+    )
+
+
+def _reason(error: Exception) -> str:
+    if "CRC" in str(error):
+        return "bad CRC-32"
+    if isinstance(error, OSError):
+        return error.strerror or "unreadable"
+    if isinstance(error, RuntimeError) and "encrypted" in str(error):
+        return "encrypted"
+    return f"unreadable ({type(error).__name__})"

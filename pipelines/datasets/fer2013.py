@@ -1,0 +1,167 @@
+"""FER-2013: 48×48 grey faces in seven expressions.
+
+Source: the facial-expression challenge of the ICML 2013 workshop on representation learning
+(Goodfellow et al. 2013), published on Kaggle; faces were found by web image search with emotion
+words and cut out by a face detector.
+
+Licence: none was ever stated. Use is limited to research; the photographs' rights stay with their
+unknown owners, so no image may be published with a model.
+
+People: 35,887 images of an unknown number of persons, children among them. Nobody was asked, and
+nobody can be identified to be asked now; treat every picture as that of a real person.
+
+Labels: one per image, from the search words and one pass of human review. People agree with
+them in about 65 ± 5 % of the cases, so a model near 75 % has also learnt the labelling habits.
+
+Known defects: about 1,850 exact duplicates, more than 500 groups of which span the official
+splits and 57 of which disagree on the label; 13 blank images; drawings, text and crops without a
+face.
+
+Known bias: "disgust" holds 1.5 % of the images, "happy" 25 %. Search results of 2013 over-represent
+posed, young, light-skinned and Western faces; no attributes are labelled, so how much worse a
+model does on others cannot be measured here.
+
+Protocol: train on Training, choose on PublicTest, report PrivateTest once.
+"""
+
+import difflib
+from collections.abc import Iterator
+from pathlib import PurePosixPath
+
+import numpy as np
+
+from models.schemes import EMOTIONS, FER2013_CSV_ORDER
+from pipelines.datasets.archive import Archive
+from pipelines.datasets.example import Example
+
+EXPECTED = (
+    "train/EMOTION/*.jpg and test/EMOTION/*.jpg, or a CSV with columns emotion, pixels, Usage"
+)
+SIDE = 48
+
+_SPLITS = {"Training": "train", "PublicTest": "val", "PrivateTest": "test"}
+
+
+def recognises(archive: Archive) -> bool:
+    """Whether the archive has one of the two layouts FER-2013 is published in."""
+    return any(_is_known_class(name) for name in archive.names()) or _csv_name(archive) != ""
+
+
+def examples(archive: Archive) -> Iterator[Example]:
+    """Yield every image of the archive: 48×48 grey, with its emotion and official split.
+
+    The folder layout is preferred where both are present, as they hold the same pictures. Its
+    images are passed on as found; those of the CSV are encoded as PNG, which loses nothing. What
+    cannot be used (an unknown class, a bad row, a damaged file) is yielded with its `defect`.
+
+    The official split follows the file name's prefix (Training, PublicTest, PrivateTest). Where
+    a repackaged archive lost the prefixes, PublicTest can no longer be told from PrivateTest, so
+    all of `test/` counts as "test": nothing is ever chosen on what may be PrivateTest.
+
+    Args:
+        archive: `train/EMOTION/*` and `test/EMOTION/*`, either of which may be missing, or
+            `fer2013.csv`; both at any depth.
+    """
+    if any(_is_known_class(name) for name in archive.names()):
+        yield from _from_folders(archive)
+    else:
+        yield from _from_csv(archive, _csv_name(archive))
+
+
+def _from_folders(archive: Archive) -> Iterator[Example]:
+    for name in archive.names():
+        if not _is_in_class_folder(name):
+            continue
+        path = PurePosixPath(name)
+        part, label = path.parts[-3].lower(), path.parts[-2]
+        image, defect = archive.read(name)
+        official = _SPLITS.get(path.stem.split("_")[0])
+        emotion = _emotion(label)
+        yield Example(
+            id=path.stem if official else f"{part}-{label.lower()}-{path.stem}",
+            image=image,
+            emotion=emotion,
+            official_split=official or part,
+            defect=_unknown_class(label) if emotion < 0 else defect,
+        )
+
+
+def _from_csv(archive: Archive, name: str) -> Iterator[Example]:
+    rows = archive.read_csv(name)
+    header = [column.strip().lower() for column in next(rows)]
+    wanted = [header.index(column) for column in ("emotion", "pixels", "usage")]
+    for number, cells in enumerate(rows):
+        id = f"fer2013-{number:05d}"
+        if len(cells) != len(header):
+            yield Example(id, b"", defect=f"row has {len(cells)} cells instead of {len(header)}")
+            continue
+        label, pixels, usage = (cells[index].strip() for index in wanted)
+        emotion, bad_label = _parse_label(label)
+        image, bad_pixels = _encode(pixels)
+        official = _SPLITS.get(usage, "")
+        yield Example(
+            id=id,
+            image=image,
+            emotion=emotion,
+            official_split=official,
+            defect=bad_label or bad_pixels or ("" if official else f"unknown Usage {usage!r}"),
+        )
+
+
+def _is_in_class_folder(name: str) -> bool:
+    parts = PurePosixPath(name).parts
+    return len(parts) >= 3 and parts[-3].lower() in ("train", "test")
+
+
+def _is_known_class(name: str) -> bool:
+    return _is_in_class_folder(name) and _emotion(PurePosixPath(name).parts[-2]) >= 0
+
+
+def _csv_name(archive: Archive) -> str:
+    """Name of the CSV in the challenge's format, "" where there is none."""
+    names = [name for name in archive.names() if name.lower().endswith(".csv")]
+    # The challenge's own file first: its archive may carry derived ones beside it.
+    for name in sorted(names, key=lambda name: PurePosixPath(name).name != "fer2013.csv"):
+        header = {column.strip().lower() for column in next(archive.read_csv(name), [])}
+        if header >= {"emotion", "pixels", "usage"}:
+            return name
+    return ""
+
+
+def _emotion(label: str) -> int:
+    return EMOTIONS.index(label.lower()) if label.lower() in EMOTIONS else -1
+
+
+def _unknown_class(label: str) -> str:
+    close = difflib.get_close_matches(label.lower(), EMOTIONS, n=1)
+    hint = f" (did you mean {close[0]!r}?)" if close else ""
+    return f"unknown class folder {label!r}{hint}"
+
+
+def _parse_label(text: str) -> tuple[int, str]:
+    """Turn the CSV's integer into an index into EMOTIONS, or -1 and what is wrong with it."""
+    if not text:
+        return -1, "no label"
+    try:
+        label = int(text)
+    except ValueError:
+        return -1, f"label {text[:20]!r} is not a number"
+    if not 0 <= label < len(FER2013_CSV_ORDER):
+        return -1, f"label {label} is outside 0-6"
+    return EMOTIONS.index(FER2013_CSV_ORDER[label]), ""
+
+
+def _encode(text: str) -> tuple[bytes, str]:
+    """Turn 2,304 numbers, row by row, into a 48×48 PNG, or b"" and what is wrong with them."""
+    import cv2
+
+    values = text.split()
+    if len(values) != SIDE * SIDE:
+        return b"", f"{len(values)} pixels instead of {SIDE * SIDE}"
+    try:
+        pixels = np.array(values, np.int64)
+    except (ValueError, OverflowError):
+        return b"", "a pixel is not a whole number"
+    if pixels.min() < 0 or pixels.max() > 255:
+        return b"", "a pixel is outside 0-255"
+    return cv2.imencode(".png", pixels.astype(np.uint8).reshape(SIDE, SIDE))[1].tobytes(), ""
