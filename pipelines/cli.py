@@ -2,7 +2,9 @@
 
 import errno
 import os
+import resource
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,8 +30,10 @@ def run(main: Callable[[], None]) -> None:
     """Run `main`; end with one line on stderr and exit code 1 where the user can act on it."""
     for name, value in QUIET_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+    start = time.perf_counter()
     try:
         main()
+        print(_costs(time.perf_counter() - start), file=sys.stderr)
     except GrimaceError as error:
         sys.exit(f"error: {error}")
     except OSError as error:
@@ -42,6 +46,13 @@ def run(main: Callable[[], None]) -> None:
         )
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def _costs(seconds: float) -> str:
+    """Say what the command took; the largest of its child processes counts as memory too."""
+    kinds = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+    peak = max(resource.getrusage(kind).ru_maxrss for kind in kinds) / 1024
+    return f"took {seconds:.1f} s, peak memory {peak:.0f} MiB"
 
 
 @contextmanager

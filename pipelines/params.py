@@ -208,7 +208,7 @@ class TrainJob(_Section):
         optimizer: "sgd" (Nesterov momentum 0.9) or "adamw".
         learning_rate: at its peak, after a linear warm-up over the first twentieth of the steps
             and before a cosine to zero.
-        weight_decay: L2 under sgd (on kernels), decoupled under adamw.
+        weight_decay: of kernels, decoupled from the gradient (Loshchilov and Hutter 2019).
         batch: images a step.
         epochs: by dataset; "default" for those not named.
         precision: "float32" or "mixed_bfloat16".
@@ -290,7 +290,6 @@ class Verify(_Section):
     Attributes:
         accuracy_points: most that emotion accuracy may fall, in points of a hundred.
         nme_relative: most that the NME may rise, as a fraction of the float32 NME.
-        agreement: least share of equal decisions (emotion) on the same images.
         latency_runs: single-image calls that are timed.
     """
 

@@ -1,6 +1,6 @@
 """One labelled face as every builder yields it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
@@ -37,8 +37,8 @@ class Example:
     id: str
     image: bytes
     emotion: int = -1
-    landmarks: np.ndarray = np.zeros((0, 2), np.float32)
-    visible: np.ndarray = np.zeros((0,), bool)
+    landmarks: np.ndarray = field(default_factory=lambda: np.zeros((0, 2), np.float32))
+    visible: np.ndarray = field(default_factory=lambda: np.zeros((0,), bool))
     box: Box | None = None
     person: str = ""
     official_split: str = ""

@@ -1,0 +1,80 @@
+"""Examples between `filter` and its readers: a folder of Parquet parts."""
+
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipelines.datasets.example import Box, Example
+
+PART_ROWS = 512
+
+SCHEMA = pa.schema(
+    {
+        "id": pa.string(),
+        "image": pa.binary(),
+        "emotion": pa.int8(),
+        "landmarks": pa.list_(pa.float32()),
+        "visible": pa.list_(pa.bool_()),
+        "box": pa.list_(pa.float32()),
+        "person": pa.string(),
+        "official_split": pa.string(),
+    }
+)
+LABELS = [name for name in SCHEMA.names if name != "image"]
+
+
+def write_examples(examples: Iterable[Example], folder: Path) -> int:
+    """Write examples as `part-00000.parquet`, … of 512 rows each; return how many there were."""
+    total = 0
+    stream = iter(examples)
+    for part in range(10**5):
+        rows = [_row(example) for example in islice(stream, PART_ROWS)]
+        if not rows:
+            break
+        table = pa.Table.from_pylist(rows, schema=SCHEMA)
+        pq.write_table(table, folder / f"part-{part:05d}.parquet")
+        total += len(rows)
+    return total
+
+
+def parts(folder: Path) -> list[Path]:
+    """Return the part files of a folder, in order."""
+    return sorted(folder.glob("part-*.parquet"))
+
+
+def read_examples(path: Path, images: bool = True) -> Iterator[Example]:
+    """Yield the examples of one part file or of a folder of parts, in the order written.
+
+    Args:
+        path: the part or the folder.
+        images: without them `Example.image` is empty and reading is quicker.
+    """
+    for part in [path] if path.is_file() else parts(path):
+        for row in pq.read_table(part, columns=None if images else LABELS).to_pylist():
+            yield Example(
+                id=row["id"],
+                image=row.get("image", b""),
+                emotion=row["emotion"],
+                landmarks=np.asarray(row["landmarks"], np.float32).reshape(-1, 2),
+                visible=np.asarray(row["visible"], bool),
+                box=Box(*row["box"]) if row["box"] else None,
+                person=row["person"],
+                official_split=row["official_split"],
+            )
+
+
+def _row(example: Example) -> dict[str, object]:
+    return {
+        "id": example.id,
+        "image": example.image,
+        "emotion": example.emotion,
+        "landmarks": example.landmarks.reshape(-1),
+        "visible": example.visible,
+        "box": list(example.box) if example.box else [],
+        "person": example.person,
+        "official_split": example.official_split,
+    }

@@ -1,0 +1,68 @@
+"""What `augment` hands to training: plain NumPy files in one folder, readable without TensorFlow.
+
+    meta.json                     task, crop, classes or landmark scheme, counts, data version
+    {train,val}/ids.npy           (n,)           unicode
+    {train,val}/emotions.npy      (n,)           int64, task emotion
+    {train,val}/images-VV.npy     (n, S, S, C)   uint8, one file a view
+    {train,val}/landmarks-VV.npy  (n, N, 2)      float32, crop coordinates, task landmarks
+    {train,val}/visible-VV.npy    (n, N)         bool, task landmarks
+
+`val` has the single view 00, never augmented. NumPy is all this module imports, so that it also
+serves a training machine that has only JAX and Keras.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+
+@dataclass(frozen=True, eq=False)
+class View:
+    """One side of the data as the model sees it, memory-mapped.
+
+    Attributes:
+        ids: (n,) unicode.
+        images: uint8 (n, S, S, C).
+        emotions: int64 (n,), or None for landmarks.
+        landmarks: float32 (n, N, 2) in crop coordinates, 0 where not visible; None for emotion.
+        visible: bool (n, N); None for emotion.
+    """
+
+    ids: np.ndarray
+    images: np.ndarray
+    emotions: np.ndarray | None
+    landmarks: np.ndarray | None
+    visible: np.ndarray | None
+
+
+def read_meta(folder: Path) -> dict[str, Any]:
+    """Return the folder's meta.json."""
+    return json.loads((folder / "meta.json").read_text())
+
+
+def read_view(folder: Path, side: str, view: int = 0) -> View:
+    """Map one view of one side.
+
+    Args:
+        folder: a folder as described above.
+        side: "train" or "val".
+        view: number of the augmented version.
+    """
+
+    def array(name: str) -> np.ndarray | None:
+        path = folder / side / f"{name}.npy"
+        return np.load(path, mmap_mode="r") if path.exists() else None
+
+    ids, images = array("ids"), array(f"images-{view:02d}")
+    if ids is None or images is None:
+        raise FileNotFoundError(f"{folder}/{side} holds no view {view}; run `dvc repro augment`")
+    return View(
+        ids=ids,
+        images=images,
+        emotions=array("emotions"),
+        landmarks=array(f"landmarks-{view:02d}"),
+        visible=array(f"visible-{view:02d}"),
+    )
