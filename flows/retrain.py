@@ -1,0 +1,340 @@
+"""Bring everything up to date: the stages of dvc.yaml, in order and side by side, under Prefect.
+
+Every stage is a Prefect task that runs `dvc repro` for that stage alone, once the stages it
+needs are done. DVC decides what has changed; Prefect shows, retries, schedules and cancels.
+"""
+
+import argparse
+import os
+import re
+import signal
+import sys
+import time
+from collections import Counter, deque
+from collections.abc import Iterable, Mapping
+from functools import partial
+from graphlib import TopologicalSorter
+from pathlib import Path
+from queue import Empty, SimpleQueue
+from typing import Any, Literal, NamedTuple
+
+from flows.supervise import Lifeline, Outcome, supervise, tie_children
+from pipelines.cli import QUIET_ENVIRONMENT, GrimaceError, run
+
+for name, value in {
+    **QUIET_ENVIRONMENT,
+    # A busy machine takes its time to start the temporary server.
+    "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
+}.items():
+    os.environ.setdefault(name, value)
+
+import httpx  # noqa: E402
+from prefect import flow, get_client, get_run_logger, runtime, task  # noqa: E402
+from prefect.artifacts import create_markdown_artifact  # noqa: E402
+from prefect.cache_policies import NO_CACHE  # noqa: E402
+from prefect.client.orchestration import SyncPrefectClient  # noqa: E402
+from prefect.client.schemas.objects import TaskRun  # noqa: E402
+from prefect.context import FlowRunContext  # noqa: E402
+from prefect.exceptions import PrefectHTTPStatusError  # noqa: E402
+from prefect.futures import PrefectFuture  # noqa: E402
+from prefect.states import Cancelled, Completed, Failed, State  # noqa: E402
+
+RESULTS = Path("reports/report/results.md")
+RETRIES = 2
+DOWNLOAD_RETRY_SECONDS = 20.0
+BUSY_RETRY_SECONDS = 3.0
+# How long a cancellation in Prefect may go unnoticed where no worker acts on it.
+CANCEL_POLL_SECONDS = 2.0
+SHOWN_LINES = 10
+
+
+class StageRun(NamedTuple):
+    """What became of a stage."""
+
+    stage: str
+    state: Literal["ran", "unchanged", "restored", "failed", "cancelled", "skipped"]
+    seconds: float
+    message: str = ""
+
+
+def main() -> None:
+    """Parse the command line and run the flow in this process."""
+    parser = argparse.ArgumentParser(
+        prog="python -m flows.retrain",
+        description="Run the stages of dvc.yaml that are out of date, with Prefect: on the server "
+        "that PREFECT_API_URL names, or on a temporary one.",
+    )
+    parser.add_argument(
+        "--targets",
+        nargs="+",
+        metavar="STAGE",
+        help="only these stages and what they need, e.g. `train@emotion-plain`, or `train` for "
+        "every train stage (default: all)",
+    )
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=2,
+        metavar="N",
+        help="how many stages may run at the same time (default: %(default)s)",
+    )
+    arguments = parser.parse_args()
+    # Mistakes are told here, before a server is started.
+    if arguments.workers < 1:
+        raise GrimaceError(f"--workers {arguments.workers}: at least 1 stage has to run at a time.")
+    stage_graph(arguments.targets)
+
+    # Without this SIGTERM would end us at once and leave Prefect's temporary server behind.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    with get_client(sync_client=True):
+        tie_children()
+    state = retrain(arguments.targets, arguments.workers, return_state=True)
+    if not state.is_completed():
+        raise GrimaceError((state.message or f"the run ended as {state.name}").splitlines()[0])
+    print(state.message)
+
+
+@flow(name="retrain")
+def retrain(targets: list[str] | None = None, workers: int = 2) -> State[Any]:
+    """Run the stages of the dvc.yaml in the current folder that are out of date.
+
+    A stage that fails fails the flow and skips what needs it; the others are still run.
+    Leaves two artefacts in Prefect: `grimace-stages`, what became of each stage, and
+    `grimace-results`, the table that the stage `report` writes.
+
+    Args:
+        targets: names of stages, or of groups of them (`train`), that are brought up to date
+            together with everything they need; all by default.
+        workers: how many stages may run at the same time.
+
+    Raises:
+        GrimaceError: there is no dvc.yaml, or it cannot be read, or has no such target.
+    """
+    upstream = stage_graph(targets)
+    with Lifeline() as lifeline:
+        runs = run_graph(upstream, workers, lifeline)
+    publish(runs)
+    return verdict(runs)
+
+
+def stage_graph(targets: Iterable[str] | None = None) -> dict[str, set[str]]:
+    """Read dvc.yaml: each stage that the targets need, with the stages it needs itself."""
+    if not Path("dvc.yaml").is_file():
+        raise GrimaceError(
+            f"there is no dvc.yaml in {Path.cwd()}. Run this in the root folder of the repository."
+        )
+    from dvc.exceptions import DvcException
+    from dvc.repo import Repo
+
+    try:
+        with Repo() as repo:
+            graph = repo.index.graph
+            upstream = {
+                stage.addressing: {needed.addressing for needed in graph.successors(stage)}
+                for stage in graph
+            }
+    except DvcException as error:
+        raise GrimaceError(f"DVC cannot read dvc.yaml here: {error}") from error
+    return upstream if targets is None else needed_for(targets, upstream)
+
+
+def needed_for(targets: Iterable[str], upstream: Mapping[str, set[str]]) -> dict[str, set[str]]:
+    """The part of a graph that the targets stand on."""
+    needed: set[str] = set()
+    for target in targets:
+        found = {stage for stage in upstream if target in (stage, stage.partition("@")[0])}
+        if not found:
+            raise GrimaceError(
+                f"dvc.yaml has no stage {target!r}. It has: {', '.join(sorted(upstream))}."
+            )
+        needed |= found
+    reached = deque(needed)
+    while reached:
+        new = upstream[reached.popleft()] - needed
+        needed |= new
+        reached.extend(new)
+    return {stage: above for stage, above in upstream.items() if stage in needed}
+
+
+def run_graph(upstream: Mapping[str, set[str]], workers: int, lifeline: Lifeline) -> list[StageRun]:
+    """Run every stage once, after those it needs, at most `workers` at a time."""
+    sorter = TopologicalSorter(upstream)
+    sorter.prepare()
+    ready: deque[str] = deque()
+    futures: dict[str, PrefectFuture[Any]] = {}
+    finished: SimpleQueue[str] = SimpleQueue()
+    runs: list[StageRun] = []
+    running = 0
+    while sorter.is_active():
+        ready.extend(sorted(sorter.get_ready()))
+        # Not left to the task runner: in its pool, tasks that only wait hold a place as well.
+        while ready and running < workers:
+            stage = ready.popleft()
+            needed = [futures[above] for above in upstream[stage]]
+            futures[stage] = run_stage.submit(stage, lifeline, wait_for=needed, return_state=False)
+            futures[stage].add_done_callback(partial(report_end, finished, stage))
+            running += 1
+        stage = next_finished(finished, lifeline)
+        running -= 1
+        futures[stage].wait()
+        runs.append(stage_run(stage, futures[stage].state))
+        sorter.done(stage)
+    return runs
+
+
+def report_end(finished: SimpleQueue[str], stage: str, _: PrefectFuture[Any]) -> None:
+    """Called in the thread of a task when it ends."""
+    finished.put(stage)
+
+
+def next_finished(finished: SimpleQueue[str], lifeline: Lifeline) -> str:
+    """Wait for a stage to end, and meanwhile for somebody to cancel the run in Prefect."""
+    while True:
+        try:
+            return finished.get(timeout=CANCEL_POLL_SECONDS)
+        except Empty:
+            if not lifeline.is_cut() and is_cancelled_in_prefect():
+                lifeline.cut()
+
+
+def is_cancelled_in_prefect() -> bool:
+    """Ask the server; the worker that runs a deployment does so itself, and sends us a signal."""
+    context = FlowRunContext.get()
+    if context is None or context.flow_run is None or context.flow_run.deployment_id is not None:
+        return False
+    assert isinstance(context.client, SyncPrefectClient)
+    try:
+        state = context.client.read_flow_run(context.flow_run.id).state
+    except (httpx.HTTPError, PrefectHTTPStatusError):
+        return False  # a server that is away for a moment stops nothing
+    return state is not None and (state.is_cancelling() or state.is_cancelled())
+
+
+def worth_retrying(_task: object, task_run: TaskRun, state: State[Any]) -> bool:
+    """A download may do better later, and so may a stage that another DVC process was in."""
+    return is_download(task_run.name) or "it is being blocked by" in (state.message or "")
+
+
+def is_download(stage: str) -> bool:
+    """Whether a stage depends on the network."""
+    return stage.partition("@")[0] == "download"
+
+
+@task(
+    task_run_name="{stage}",
+    retries=RETRIES,
+    retry_condition_fn=worth_retrying,
+    cache_policy=NO_CACHE,  # what has changed is for DVC to say
+)
+def run_stage(stage: str, lifeline: Lifeline) -> State[StageRun]:
+    """Bring one stage up to date; what it needs is.
+
+    DVC keeps the rest in order: it holds its repository lock while it reads and writes
+    dvc.lock, and lets go of it while the stage's command runs, so several stages can run.
+    """
+    logger = get_run_logger()
+    if retry := runtime.task_run.run_count - 1:
+        # Waited for here and not by Prefect, whose wait could not be cancelled.
+        pause = DOWNLOAD_RETRY_SECONDS if is_download(stage) else BUSY_RETRY_SECONDS
+        lifeline.is_cut(within_seconds=retry * pause)
+    started = time.monotonic()
+    outcome = supervise(
+        # Waiting for the lock: DVC would else give up after three seconds, even with the
+        # hours of a training just behind it, when another stage is storing a large output.
+        [sys.executable, "-m", "dvc", "--wait-for-lock", "repro", "--single-item", stage],
+        lifeline,
+        lambda line: logger.info("%s | %s", stage, line),
+        env={
+            **os.environ,
+            # `python` in dvc.yaml is the one that runs this flow, whoever started it.
+            "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
+            "PYTHONUNBUFFERED": "1",
+        },
+    )
+    return prefect_state(stage, outcome, time.monotonic() - started)
+
+
+def prefect_state(stage: str, outcome: Outcome, seconds: float) -> State[StageRun]:
+    """What Prefect is told about a stage; the names of the states are ours."""
+    if outcome.reason == "cancelled":
+        return Cancelled(
+            message=f"stage {stage!r} was cancelled",
+            data=StageRun(stage, "cancelled", seconds),
+        )
+    if outcome.reason != "ok":
+        message = failure(stage, outcome)
+        return Failed(message=message, data=StageRun(stage, "failed", seconds, message))
+    if f"Stage '{stage}' didn't change, skipping" in outcome.lines:
+        return Completed(name="Unchanged", data=StageRun(stage, "unchanged", seconds))
+    if any(line.startswith(f"Stage '{stage}' is cached") for line in outcome.lines):
+        return Completed(name="Restored", data=StageRun(stage, "restored", seconds))
+    return Completed(data=StageRun(stage, "ran", seconds))
+
+
+def failure(stage: str, outcome: Outcome) -> str:
+    """Why a stage failed, in one line, followed by its last lines of output."""
+    output = "\n".join(outcome.lines)
+    code = re.search(r"exited with (-?\d+)$", output, re.MULTILINE)
+    if outcome.reason == "killed" or (code and int(code[1]) < 0):
+        number = outcome.code if outcome.reason == "killed" else -int(code[1]) if code else 0
+        why = f"killed by {signal.Signals(number).name}"
+        if number == signal.SIGKILL:
+            why += ", most likely for want of memory"
+    else:
+        # DVC's own last words only say that the command failed.
+        own = [line for line in outcome.lines if not line.startswith("ERROR: failed to reproduce")]
+        said = own if code and own else outcome.lines
+        why = said[-1] if said else f"exit code {outcome.code}"
+    last = "\n".join(outcome.lines[-SHOWN_LINES:])
+    return f"stage {stage!r} failed: {why}\n{last}"
+
+
+def stage_run(stage: str, state: State[Any]) -> StageRun:
+    """Read back what a stage's task left in Prefect."""
+    result = state.result(raise_on_failure=False)
+    if isinstance(result, StageRun):
+        return result
+    if state.name == "NotReady":
+        return StageRun(stage, "skipped", 0.0)
+    return StageRun(stage, "failed", 0.0, f"stage {stage!r}: {state.message}")
+
+
+def publish(runs: list[StageRun]) -> None:
+    """Leave the artefacts; the results only if they are this run's."""
+    create_markdown_artifact(
+        stages_table(runs), key="grimace-stages", description="What became of each stage."
+    )
+    reported = any(
+        run.stage == "report" and run.state in ("ran", "unchanged", "restored") for run in runs
+    )
+    if reported and RESULTS.is_file():
+        create_markdown_artifact(
+            RESULTS.read_text(encoding="utf-8"),
+            key="grimace-results",
+            description="Every model, judged on data that it has not seen.",
+        )
+
+
+def stages_table(runs: list[StageRun]) -> str:
+    """A Markdown table of the stages in the order in which they ended."""
+    rows = [f"| {run.stage} | {run.state} | {run.seconds:.1f} |" for run in runs]
+    text = "\n".join(["| stage | state | seconds |", "| --- | --- | ---: |", *rows])
+    details = "".join(f"\n\n```text\n{run.message}\n```" for run in runs if run.message)
+    return text + details
+
+
+def verdict(runs: list[StageRun]) -> State[None]:
+    """The state of the flow: cancelled or failed where any of its stages is."""
+    counts = Counter(run.state for run in runs)
+    summary = ", ".join(f"{number} {state}" for state, number in counts.items())
+    if counts["cancelled"]:
+        return Cancelled(message=f"the run was cancelled ({summary})")
+    messages = [run.message for run in runs if run.state == "failed"]
+    if messages:
+        first_lines = "; ".join(message.splitlines()[0] for message in messages)
+        return Failed(message="\n".join([f"{first_lines} ({summary})", *messages]))
+    return Completed(message=f"{len(runs)} stages: {summary}")
+
+
+if __name__ == "__main__":
+    run(main)
