@@ -67,6 +67,8 @@ def find_or_fetch(name: str, source: ArchiveSource) -> Archive:
         GrimaceError: no place has it, it is not an archive, or its download failed.
     """
     named = os.environ.get("GRIMACE_ARCHIVES")
+    if named and not Path(named).is_dir():
+        raise GrimaceError(f"GRIMACE_ARCHIVES names {named}, which is not a folder; correct it")
     places = [*([Path(named)] if named else []), ARCHIVES]
     for place in places:
         if (place / source.archive).exists():
@@ -77,7 +79,8 @@ def find_or_fetch(name: str, source: ArchiveSource) -> Archive:
         raise GrimaceError(
             f"{source.archive} is not in {looked}, and {name} cannot be fetched without a person: "
             f"open {source.page}, accept its terms, download the archive, put it at {path} "
-            "(or in the folder that GRIMACE_ARCHIVES names) and run the same again"
+            "(or in the folder that GRIMACE_ARCHIVES names) and run the same again; the unpacked "
+            f"folder serves too, if download.{name}.archive in params.yaml names it"
         )
     fetch(source.url, path, source.page)
     try:

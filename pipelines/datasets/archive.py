@@ -113,8 +113,9 @@ def web_page_notice(head: bytes) -> str:
     text = head.decode("utf-8", "replace").lstrip("\ufeff \t\r\n")
     if not re.match(r"<(!doctype\s+html|html|head|body|!--|\?xml)", text, re.IGNORECASE):
         return ""
-    title = re.search(r"<title[^>]*>(.*?)</title>", text, re.IGNORECASE | re.DOTALL)
-    words = html.unescape(title[1]).split() if title else []
+    # Storage services answer with XML, whose <Message> says what a page's <title> does.
+    title = re.search(r"<(title|message)\b[^>]*>(.*?)</\1>", text, re.IGNORECASE | re.DOTALL)
+    words = html.unescape(title[2]).split() if title else []
     return " ".join(words)[:120] or "untitled"
 
 
@@ -142,7 +143,7 @@ def _open_file(path: Path) -> Archive:
             raise GrimaceError(
                 f"{path} is {kind}, which is not read here; unpack it and name the folder instead"
             )
-    if b"\0" in head or "," not in head.decode("utf-8", "replace").split("\n", 1)[0]:
+    if path.suffix.lower() != ".csv" or b"\0" in head:
         start = head[:60].decode("ascii", "replace").split("\n", 1)[0]
         raise GrimaceError(
             f"{path} is neither a zip file nor a CSV (it starts with {start!r}); "

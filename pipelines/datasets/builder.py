@@ -87,7 +87,7 @@ class FaceBuilder(tfds.core.GeneratorBasedBuilder):
                 "emotion": tfds.features.Scalar(np.int64),
                 "landmarks": tfds.features.Tensor(shape=(None, 2), dtype=np.float32),
                 "visible": tfds.features.Tensor(shape=(None,), dtype=np.bool_),
-                "box": tfds.features.Tensor(shape=(None, 4), dtype=np.float64),  # none or one
+                "box": tfds.features.Tensor(shape=(None, 4), dtype=np.float32),  # none or one
                 "person": tfds.features.Text(),
                 "official_split": tfds.features.Text(),
                 "defect": tfds.features.Text(),
@@ -146,7 +146,8 @@ def _open(folder: Path) -> tfds.core.DatasetBuilder:
 
 def _to_features(example: Example) -> dict[str, Any]:
     features = {name: getattr(example, name) for name in Example.__dataclass_fields__}
-    return features | {"box": np.array([example.box] if example.box else []).reshape(-1, 4)}
+    box = np.array([example.box] if example.box else [], np.float32).reshape(-1, 4)
+    return features | {"box": box}
 
 
 def _from_features(row: dict[str, Any]) -> Example:

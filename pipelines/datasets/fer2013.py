@@ -4,22 +4,24 @@ Source: the facial-expression challenge of the ICML 2013 workshop on representat
 (Goodfellow et al. 2013), published on Kaggle; faces were found by web image search with emotion
 words and cut out by a face detector.
 
-Licence: none was ever stated. Use is limited to research; the photographs' rights stay with their
-unknown owners, so no image may be published with a model.
+Licence: published for research, with no licence to the photographs, which a repackaging cannot
+grant either. Their rights stay with unknown owners, so no image may be published with a model.
 
 People: 35,887 images of an unknown number of persons, children among them. Nobody was asked, and
 nobody can be identified to be asked now; treat every picture as that of a real person.
 
-Labels: one per image, from the search words and one pass of human review. People agree with
-them in about 65 ± 5 % of the cases, so a model near 75 % has also learnt the labelling habits.
+Labels: one per image, from the search word, after people removed what was plainly wrong. People
+agree with them in about 65 ± 5 % of the cases, so a model near 75 % has also learnt the labelling
+habits.
 
-Known defects: about 1,850 exact duplicates, more than 500 groups of which span the official
-splits and 57 of which disagree on the label; 13 blank images; drawings, text and crops without a
-face.
+Known defects: 1,853 exact duplicates in 1,516 groups, of which 557 span official splits and 57
+disagree on the label; 13 blank images; drawings, text and crops without a face. The folder archive
+gives two of its file names to two different pictures each.
 
-Known bias: "disgust" holds 1.5 % of the images, "happy" 25 %. Search results of 2013 over-represent
-posed, young, light-skinned and Western faces; no attributes are labelled, so how much worse a
-model does on others cannot be measured here.
+Known bias: "disgust" holds 1.5 % of the images, "happy" 25 %. Searches varied words for age, gender
+and ethnicity, but the results are what the web of 2013 showed for emotion words: posed, lit, often
+stock photographs. No attributes are labelled, so how much worse a model does on a group of people
+cannot be measured here.
 
 Protocol: train on Training, choose on PublicTest, report PrivateTest once.
 """

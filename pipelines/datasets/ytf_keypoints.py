@@ -14,9 +14,10 @@ Labels: iBUG-68 points, made by a landmark detector and in whole pixels. On face
 less than 100 pixels wide, rounding and detector errors come to a few per cent of the inter-ocular
 distance. Some points lie outside their image, where the face is cut.
 
-Known bias: politicians, athletes and entertainers of the 1990s and 2000s, adult, mostly men, from
-American and European news; studio light, near-frontal poses, low resolution. The same few
-frames of a person resemble each other, so 3,799 frames are worth far fewer independent ones.
+Known bias: politicians, athletes and entertainers who were in the news around 2000 (the names come
+from Labeled Faces in the Wild): adults, mostly men, mostly light-skinned; studio light, near-
+frontal poses, low resolution. The dozen frames of a person come from few videos and resemble each
+other, so 3,799 frames are worth far fewer independent ones.
 
 Protocol: `training/` and `test/` show the same people, many in frames of the same name. The folder
 split therefore measures memory of identities; examples carry no official split, and `split`
