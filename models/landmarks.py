@@ -42,4 +42,3 @@ def build(
     x = layers.Dense(points * 2, bias_initializer=centre, dtype="float32")(x)
     outputs = layers.Reshape((points, 2), dtype="float32", name="landmarks")(x)
     return keras.Model(inputs, outputs, name=f"landmarks_{model}")
-

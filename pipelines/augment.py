@@ -119,7 +119,10 @@ def write_shards(job: Job, index: pd.DataFrame, workers: int) -> None:
         "views": job.settings.views,
         "counts": counts,
     }
-    meta |= {"classes": EMOTIONS} if job.name == "emotion" else {"scheme": SCHEMES[points].name}
+    if job.name == "emotion":
+        meta["classes"] = EMOTIONS
+    else:
+        meta |= {"scheme": SCHEMES[points].name, "points": points}
     (job.out / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
 
 
@@ -143,7 +146,10 @@ def _allocate(job: Job, side: str, ids: list[str], views: int, points: int) -> N
 def _write_chunk(job: Job, part: Path, rows: pd.DataFrame) -> int:
     """Fill the rows of one part file; runs in a worker process."""
     cv2.setNumThreads(1)
-    place = {row.id: (row.split, row.row) for row in rows.itertuples()}
+    place = {
+        str(id): (str(side), int(row))
+        for id, side, row in zip(rows["id"], rows["split"], rows["row"], strict=True)
+    }
     policy = build_policy(job.settings, size=job.task.size)
     files: dict[str, np.ndarray] = {}
 
@@ -259,8 +265,7 @@ def build_policy(settings: AugmentTask, where: str = "policy", size: int | None 
         except (TypeError, ValueError) as error:
             reason = " ".join(str(error).split())
             raise GrimaceError(
-                f"params.yaml: {where}.{position}: {item.transform} rejects its arguments: "
-                f"{reason}"
+                f"params.yaml: {where}.{position}: {item.transform} rejects its arguments: {reason}"
             ) from None
     if size:
         transforms.append(albumentations.CenterCrop(size, size))
@@ -286,8 +291,10 @@ def draw_sheet(shards: Path, views: int, path: Path) -> None:
         for number, view in enumerate(each):
             images.append(view.images[row])
             captions.append(f"{view.ids[row][-14:]} view {number}")
-            shown = view.visible is not None and view.landmarks is not None
-            points.append(view.landmarks[row][view.visible[row]] if shown else np.zeros((0, 2)))
+            if view.landmarks is None or view.visible is None:
+                points.append(np.zeros((0, 2)))
+            else:
+                points.append(view.landmarks[row][view.visible[row]])
     title = f"{shards.name}: augmented views of six training images"
     contact_sheet(images, captions, path, title, points=points, columns=columns)
 

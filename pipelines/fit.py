@@ -13,6 +13,7 @@ import argparse
 import csv
 import json
 import math
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
@@ -121,7 +122,9 @@ def fit(
         order = np.random.default_rng([job.seed, epoch]).permutation(len(view.ids))
         print(f"epoch {epoch + 1}/{job.epochs}", flush=True)
         trained = model.fit(
-            Batches(view, job.batch, order), callbacks=[keras.callbacks.TerminateOnNaN()]
+            Batches(view, job.batch, order),
+            callbacks=[keras.callbacks.TerminateOnNaN()],
+            verbose=1 if sys.stdout.isatty() else 0,
         )
         row = {name: float(values[-1]) for name, values in trained.history.items()}
         seconds = time.perf_counter() - start
@@ -148,7 +151,9 @@ def build(job: Job, meta: dict[str, Any]) -> keras.Model:
     size, channels = meta["size"], meta["channels"]
     if job.task == "emotion":
         return emotion.build(job.model, job.widths, size, channels, job.dropout)
-    return landmarks.build(job.model, job.widths, size, channels, job.dropout, points=68)
+    return landmarks.build(
+        job.model, job.widths, size, channels, job.dropout, points=meta["points"]
+    )
 
 
 def best_epoch(history: list[dict[str, float]], task: str) -> int:

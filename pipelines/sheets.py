@@ -37,9 +37,7 @@ def contact_sheet(
     )
     for axis in axes.flat:
         axis.axis("off")
-    for index, (axis, image, caption) in enumerate(
-        zip(axes.flat, images, captions, strict=False)
-    ):
+    for index, (axis, image, caption) in enumerate(zip(axes.flat, images, captions, strict=False)):
         side = np.array([image.shape[1], image.shape[0]])
         axis.imshow(image.squeeze(), cmap="gray", vmin=0, vmax=255)
         for set_of_points, colour in ((points, "lime"), (more_points, "red")):

@@ -97,7 +97,9 @@ def _log_model(model: object, shards: Path) -> None:
 
     example = read_view(shards, "val").images[:2].astype("float32")
     answer = model.predict(example, verbose=0)  # type: ignore[attr-defined]
-    requirements = [f"{name}=={tracking.version(name)}" for name in ("tensorflow", "keras", "numpy")]
+    requirements = [
+        f"{name}=={tracking.version(name)}" for name in ("tensorflow", "keras", "numpy")
+    ]
     mlflow.keras.log_model(
         model,
         name="model",
