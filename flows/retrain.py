@@ -16,7 +16,7 @@ from functools import partial
 from graphlib import TopologicalSorter
 from pathlib import Path
 from queue import Empty, SimpleQueue
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 from flows.supervise import Lifeline, Outcome, supervise, tie_children
 from pipelines.cli import QUIET_ENVIRONMENT, GrimaceError, run
@@ -48,11 +48,14 @@ CANCEL_POLL_SECONDS = 2.0
 SHOWN_LINES = 10
 
 
+Ending = Literal["ran", "restored", "unchanged", "failed", "skipped", "cancelled"]
+
+
 class StageRun(NamedTuple):
-    """What became of a stage."""
+    """What became of a stage; one that was "restored" came out of DVC's cache of earlier runs."""
 
     stage: str
-    state: Literal["ran", "unchanged", "restored", "failed", "cancelled", "skipped"]
+    state: Ending
     seconds: float
     message: str = ""
 
@@ -291,11 +294,11 @@ def failure(stage: str, outcome: Outcome) -> str:
 
 def stage_run(stage: str, state: State[Any]) -> StageRun:
     """Read back what a stage's task left in Prefect."""
+    if state.name == "NotReady":
+        return StageRun(stage, "skipped", 0.0)
     result = state.result(raise_on_failure=False)
     if isinstance(result, StageRun):
         return result
-    if state.name == "NotReady":
-        return StageRun(stage, "skipped", 0.0)
     return StageRun(stage, "failed", 0.0, f"stage {stage!r}: {state.message}")
 
 
@@ -326,13 +329,14 @@ def stages_table(runs: list[StageRun]) -> str:
 def verdict(runs: list[StageRun]) -> State[None]:
     """The state of the flow: cancelled or failed where any of its stages is."""
     counts = Counter(run.state for run in runs)
-    summary = ", ".join(f"{number} {state}" for state, number in counts.items())
+    summary = ", ".join(f"{counts[state]} {state}" for state in get_args(Ending) if counts[state])
     if counts["cancelled"]:
         return Cancelled(message=f"the run was cancelled ({summary})")
-    messages = [run.message for run in runs if run.state == "failed"]
+    messages = [run.message.splitlines() for run in runs if run.state == "failed"]
     if messages:
-        first_lines = "; ".join(message.splitlines()[0] for message in messages)
-        return Failed(message="\n".join([f"{first_lines} ({summary})", *messages]))
+        reasons = "; ".join(first for first, *_ in messages)
+        last_lines = [line for _, *lines in messages for line in lines]
+        return Failed(message="\n".join([f"{reasons} ({summary})", *last_lines]))
     return Completed(message=f"{len(runs)} stages: {summary}")
 
 

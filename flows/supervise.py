@@ -198,10 +198,7 @@ def main() -> None:
     if task == "run":
         run_command(int(lifeline), arguments)
     else:
-        tied = [psutil.Process(int(pid)) for pid in arguments if psutil.pid_exists(int(pid))]
-        print("ready", flush=True)
-        os.read(int(lifeline), 1)
-        end(lambda: [process for process in tied if is_alive(process)])
+        end_tied(int(lifeline), [int(pid) for pid in arguments])
 
 
 def run_command(lifeline: int, command: list[str]) -> None:
@@ -226,6 +223,21 @@ def run_command(lifeline: int, command: list[str]) -> None:
     if code < 0:
         die_of(-code)
     sys.exit(code)
+
+
+def end_tied(lifeline: int, pids: list[int]) -> None:
+    """When the lifeline breaks, end these processes and all that are under them by then."""
+    tied = []
+    for pid in pids:
+        with suppress(psutil.NoSuchProcess):
+            tied.append(psutil.Process(pid))
+    print("ready", flush=True)
+    os.read(lifeline, 1)
+    family = tied.copy()
+    for process in tied:
+        with suppress(psutil.NoSuchProcess):
+            family += process.children(recursive=True)
+    end(lambda: [process for process in family if is_alive(process)])
 
 
 def adopt_orphans() -> None:

@@ -1,0 +1,15 @@
+from collections.abc import Iterator
+
+import pytest
+
+import flows.retrain  # noqa: F401  sets what Prefect reads from the environment when imported
+
+
+@pytest.fixture(scope="session")
+def prefect_server() -> Iterator[str]:
+    """The address of a Prefect server that all tests of flows share."""
+    from prefect.settings import PREFECT_API_URL
+    from prefect.testing.utilities import prefect_test_harness
+
+    with prefect_test_harness(server_startup_timeout=120):
+        yield PREFECT_API_URL.value()

@@ -1,0 +1,371 @@
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import yaml
+import zc.lockfile
+from dvc.repo import Repo
+from prefect import get_client
+from prefect.client.schemas.filters import (
+    ArtifactFilter,
+    ArtifactFilterFlowRunId,
+    ArtifactFilterKey,
+    LogFilter,
+    LogFilterFlowRunId,
+    TaskRunFilter,
+    TaskRunFilterFlowRunId,
+)
+from prefect.client.schemas.objects import FlowRun
+from prefect.client.schemas.sorting import FlowRunSort
+from prefect.states import Cancelling
+
+from flows import retrain as module
+from flows.retrain import needed_for, retrain, stage_graph
+from flows.supervise import Outcome
+from pipelines.cli import GrimaceError
+
+ROOT = Path(__file__).parents[2]
+Stages = dict[str, Any]
+# Ends only when four of its kind are running at the same time.
+MEET = (
+    "mkdir -p started && touch started/{name} && for i in $(seq 600); do "
+    '[ "$(ls started | wc -l)" = 4 ] && echo {name} > {name} && exit 0; sleep 0.05; done; exit 1'
+)
+
+
+@pytest.fixture
+def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Stages], None]:
+    """Makes the current folder a DVC repository with these stages."""
+    monkeypatch.chdir(tmp_path)
+
+    def make(stages: Stages) -> None:
+        subprocess.run(["git", "init", "-q"], check=True)
+        Repo.init()
+        Path("dvc.yaml").write_text(yaml.safe_dump({"stages": stages}))
+
+    return make
+
+
+def stage(cmd: str, outs: list[str], deps: list[str] | None = None) -> dict[str, Any]:
+    return {"cmd": cmd, "outs": outs, "deps": deps or []}
+
+
+def download(cmd: str) -> dict[str, Any]:
+    return {"foreach": ["synthetic"], "do": stage(cmd, ["raw"])}
+
+
+def last_flow_run() -> FlowRun:
+    with get_client(sync_client=True) as client:
+        return client.read_flow_runs(sort=FlowRunSort.START_TIME_DESC, limit=1)[0]
+
+
+def task_states(flow_run: FlowRun) -> dict[str, str]:
+    """What Prefect shows for each task run, once the events have arrived there."""
+    only = TaskRunFilter(flow_run_id=TaskRunFilterFlowRunId(any_=[flow_run.id]))
+    with get_client(sync_client=True) as client:
+        for _ in range(100):
+            states = {
+                run.name: run.state_name for run in client.read_task_runs(task_run_filter=only)
+            }
+            if "Running" not in states.values():
+                break
+            time.sleep(0.1)
+    return states
+
+
+def artifact(flow_run: FlowRun, key: str) -> str | None:
+    with get_client(sync_client=True) as client:
+        found = client.read_artifacts(
+            artifact_filter=ArtifactFilter(
+                key=ArtifactFilterKey(any_=[key]),
+                flow_run_id=ArtifactFilterFlowRunId(any_=[flow_run.id]),
+            )
+        )
+    return str(found[0].data) if found else None
+
+
+def dvc_status() -> dict[str, Any]:
+    with Repo() as repo:
+        return repo.status()
+
+
+@pytest.mark.usefixtures("prefect_server")
+def test_runs_the_graph_side_by_side_and_leaves_it_up_to_date(
+    repository: Callable[[Stages], None],
+) -> None:
+    branches = ["a", "b", "c", "d"]
+    repository(
+        {
+            "download": download("echo raw > raw"),
+            **{name: stage(MEET.format(name=name), [name], ["raw"]) for name in branches},
+            "report": stage(
+                "mkdir -p reports/report && (echo '| model |'; cat a b c d) "
+                "> reports/report/results.md",
+                ["reports/report"],
+                branches,
+            ),
+        }
+    )
+    state = retrain(workers=4, return_state=True)
+    assert state.is_completed(), state.message
+    assert state.message == "6 stages: 6 ran"
+    assert dvc_status() == {}
+    run = last_flow_run()
+    names = {"download@synthetic", *branches, "report"}
+    assert task_states(run) == dict.fromkeys(names, "Completed")
+    assert artifact(run, "grimace-results") == "| model |\na\nb\nc\nd\n"
+    stages = artifact(run, "grimace-stages") or ""
+    rows = [[cell.strip() for cell in row.split("|")[1:-1]] for row in stages.splitlines()[2:]]
+    assert {row[0] for row in rows} == names
+    assert [rows[0][0], rows[-1][0]] == ["download@synthetic", "report"]
+    assert {row[1] for row in rows} == {"ran"}
+    assert all(float(row[2]) > 0 for row in rows)
+    locked = Path("dvc.lock").read_bytes()
+
+    state = retrain(workers=2, return_state=True)
+    assert state.message == "6 stages: 6 unchanged"
+    assert Path("dvc.lock").read_bytes() == locked
+    run = last_flow_run()
+    assert task_states(run) == dict.fromkeys(names, "Unchanged")
+    assert (artifact(run, "grimace-stages") or "").count("| unchanged |") == 6
+
+    # An output that was deleted comes back from DVC's cache, and only what is asked for is run.
+    Path("a").unlink()
+    state = retrain(targets=["a"], return_state=True)
+    assert state.message == "2 stages: 1 restored, 1 unchanged"
+    assert Path("a").read_text() == "a\n"
+    assert artifact(last_flow_run(), "grimace-results") is None
+
+
+@pytest.mark.usefixtures("prefect_server")
+def test_a_failed_stage_fails_the_flow_and_stops_only_what_needs_it(
+    repository: Callable[[Stages], None],
+) -> None:
+    repository(
+        {
+            "bad": stage("echo x >> tries; echo 'error: no such face'; exit 3", ["bad"]),
+            "after": stage("touch after", ["after"], ["bad"]),
+            "good": stage("sleep 0.5; touch good", ["good"]),
+            "better": stage("cp good better", ["better"], ["good"]),
+        }
+    )
+    state = retrain(return_state=True)
+    assert state.is_failed()
+    first, *rest = (state.message or "").splitlines()
+    assert first == "stage 'bad' failed: error: no such face (2 ran, 1 failed, 1 skipped)"
+    assert any("exited with 3" in line for line in rest)
+    assert Path("tries").read_text() == "x\n"  # nothing gained by doing the same again
+    run = last_flow_run()
+    assert task_states(run) == {
+        "bad": "Failed",
+        "after": "NotReady",
+        "good": "Completed",
+        "better": "Completed",
+    }
+    stages = artifact(run, "grimace-stages") or ""
+    assert "| bad | failed |" in stages
+    assert "| after | skipped |" in stages
+    assert "error: no such face" in stages
+    assert set(dvc_status()) == {"bad", "after"}
+
+    only = LogFilter(flow_run_id=LogFilterFlowRunId(any_=[run.id]))
+    with get_client(sync_client=True) as client:
+        for _ in range(100):
+            logged = [log.message for log in client.read_logs(log_filter=only)]
+            if "bad | error: no such face" in logged:
+                break
+            time.sleep(0.1)
+    assert "bad | error: no such face" in logged
+
+
+@pytest.mark.usefixtures("prefect_server")
+def test_a_download_is_tried_three_times(
+    repository: Callable[[Stages], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "DOWNLOAD_RETRY_SECONDS", 0.1)
+    repository({"download": download('echo x >> tries; [ "$(wc -l < tries)" = 3 ] && touch raw')})
+    state = retrain(return_state=True)
+    assert state.is_completed(), state.message
+    assert Path("tries").read_text() == "x\n" * 3
+
+
+@pytest.mark.usefixtures("prefect_server")
+def test_a_stage_that_another_dvc_is_in_is_tried_again(
+    repository: Callable[[Stages], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "BUSY_RETRY_SECONDS", 0.1)
+    repository({"a": stage("touch a", ["a"])})
+    blocker = subprocess.Popen(["sleep", "300"])
+    locks = Path(".dvc/tmp/rwlock")
+    locks.parent.mkdir(exist_ok=True)
+    locks.write_text(
+        '{"write": {"%s": {"pid": %d, "cmd": "dvc repro"}}}' % (Path("a").absolute(), blocker.pid)  # noqa: UP031
+    )
+    outcomes: list[Outcome] = []
+
+    def then_let_go(*args: Any, **kwargs: Any) -> Outcome:
+        outcomes.append(module_supervise(*args, **kwargs))
+        if blocker.poll() is None:
+            blocker.kill()
+            blocker.wait()
+        return outcomes[-1]
+
+    module_supervise = module.supervise
+    monkeypatch.setattr(module, "supervise", then_let_go)
+    state = retrain(return_state=True)
+    assert state.is_completed(), state.message
+    assert [outcome.reason for outcome in outcomes] == ["failed", "ok"]
+
+
+@pytest.mark.usefixtures("prefect_server")
+def test_a_stage_that_ends_while_dvc_is_locked_is_not_lost(
+    repository: Callable[[Stages], None],
+) -> None:
+    repository({"a": stage("echo x >> tries; touch started; sleep 1; touch a", ["a"])})
+
+    def hold_the_lock() -> None:
+        while not Path("started").exists():
+            time.sleep(0.02)
+        lock = zc.lockfile.LockFile(".dvc/tmp/lock")
+        time.sleep(6)  # longer than DVC would wait if it were left to itself
+        lock.close()
+
+    holder = threading.Thread(target=hold_the_lock)
+    holder.start()
+    state = retrain(return_state=True)
+    holder.join()
+    assert state.message == "1 stages: 1 ran"
+    assert Path("tries").read_text() == "x\n"
+    assert dvc_status() == {}
+
+
+@pytest.fixture
+def start_flow(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    """Starts `python -m flows.retrain` in the current folder, as a user would."""
+    started: list[subprocess.Popen[str]] = []
+
+    def start(*arguments: str, **env: str) -> subprocess.Popen[str]:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "flows.retrain", *arguments],
+            env={**os.environ, "PYTHONPATH": str(ROOT), **env},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def test_from_the_command_line(
+    repository: Callable[[Stages], None],
+    start_flow: Callable[..., subprocess.Popen[str]],
+    prefect_server: str,
+) -> None:
+    repository({"a": stage("touch a", ["a"]), "bad": stage("echo 'error: why'; exit 1", ["bad"])})
+    process = start_flow(PREFECT_API_URL=prefect_server)
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert [line for line in errors.splitlines() if line.startswith("error: ")] == [
+        "error: stage 'bad' failed: error: why (1 ran, 1 failed)"
+    ]
+    process = start_flow("--targets", "a", PREFECT_API_URL=prefect_server)
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors
+    assert output.splitlines()[-1] == "1 stages: 1 unchanged"
+
+
+ENDLESS = "setsid sleep 300 & sleep 300 & echo $! $$ > pids; sleep 300"
+
+
+@pytest.mark.parametrize("how", ["Prefect", "SIGINT", "SIGTERM", "SIGKILL"])
+def test_cancelling_leaves_nothing_behind(
+    how: str,
+    repository: Callable[[Stages], None],
+    start_flow: Callable[..., subprocess.Popen[str]],
+    prefect_server: str,
+    tmp_path: Path,
+) -> None:
+    repository({"a": stage(ENDLESS, ["a"]), "b": stage("touch b", ["b"], ["a"])})
+    if how == "SIGKILL":  # and with a temporary server of its own, which has to go as well
+        process = start_flow(PREFECT_API_URL="", PREFECT_HOME=str(tmp_path / "prefect"))
+    else:
+        process = start_flow(PREFECT_API_URL=prefect_server)
+    wait_until(lambda: Path("pids").exists() and Path("pids").read_text().endswith("\n"), 90)
+    flow = psutil.Process(process.pid)
+    everything = [flow, *flow.children(recursive=True)]
+    assert {int(pid) for pid in Path("pids").read_text().split()} <= {p.pid for p in everything}
+
+    if how == "Prefect":
+        with get_client(sync_client=True) as client:
+            client.set_flow_run_state(last_flow_run().id, Cancelling())
+    elif how == "SIGINT":
+        os.killpg(process.pid, signal.SIGINT)  # as the terminal does on Ctrl-C
+    else:
+        os.kill(process.pid, signal.Signals[how])
+    wait_until(
+        lambda: not any(map(is_alive, everything)), 6, lambda: list(filter(is_alive, everything))
+    )
+
+    process.communicate(timeout=10)
+    assert process.returncode == {"Prefect": 1, "SIGINT": 130, "SIGTERM": 143, "SIGKILL": -9}[how]
+    if how != "SIGKILL":
+        states = {"Prefect": "Cancelled", "SIGINT": "Crashed", "SIGTERM": "Crashed"}
+        assert last_flow_run().state_name == states[how]
+    assert not Path("b").exists()
+    assert set(dvc_status()) == {"a", "b"}  # nothing corrupt, the rest still to be done
+
+
+def wait_until(
+    condition: Callable[[], bool], seconds: float, what: Callable[[], object] = lambda: ""
+) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, what()
+        time.sleep(0.05)
+
+
+def is_alive(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def test_mistakes_are_told_clearly(repository: Callable[[Stages], None], tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    os.chdir(tmp_path / "elsewhere")
+    with pytest.raises(GrimaceError, match=r"no dvc\.yaml"):
+        stage_graph()
+    os.chdir(tmp_path)
+    repository({"a": stage("touch a", ["a"])})
+    with pytest.raises(GrimaceError, match="no stage 'b'"):
+        stage_graph(["b"])
+    Path("dvc.yaml").write_text("stages: [")
+    with pytest.raises(GrimaceError, match=r"dvc\.yaml"):
+        stage_graph()
+
+
+def test_targets_bring_what_they_need() -> None:
+    graph = {
+        "split@x": set[str](),
+        "train@x": {"split@x"},
+        "train@y": {"split@x"},
+        "report": {"train@x", "train@y"},
+    }
+    assert set(needed_for(["train@x"], graph)) == {"train@x", "split@x"}
+    assert set(needed_for(["train"], graph)) == {"train@x", "train@y", "split@x"}
+    assert needed_for(["report"], graph) == graph
