@@ -155,12 +155,11 @@ def _open_file(path: Path) -> Archive:
 def _open_zip(path: Path, size: int) -> Archive:
     try:
         zipped = ZipFile(path)
-    except (BadZipFile, OSError, NotImplementedError):
+    except (BadZipFile, OSError, NotImplementedError) as error:
         # The list of members is a zip's last part, so a file that was cut short has none.
-        raise GrimaceError(
-            f"{path} ends early, after {size:,} bytes: the download broke off; "
-            "delete it and download it again"
-        ) from None
+        cut = "not a zip file" in str(error)
+        problem = f"ends early, after {size:,} bytes" if cut else "has a damaged list of files"
+        raise GrimaceError(f"{path} {problem}; delete it and download it again") from None
     files = [member.filename for member in zipped.infolist() if not member.is_dir()]
     return Archive(path, _shown(files), zipped.open)
 

@@ -76,6 +76,13 @@ def test_truncated_zip_says_how_much_came(tmp_path: Path) -> None:
         open_archive(path)
 
 
+def test_damaged_list_of_files_is_not_taken_for_a_short_file(tmp_path: Path) -> None:
+    path = make_zip(tmp_path / "data.zip", {"a": b"x" * 5000})
+    path.write_bytes(path.read_bytes().replace(b"PK\x01\x02", b"PK\x01\x07"))
+    with pytest.raises(GrimaceError, match=r"data\.zip has a damaged list of files.*again"):
+        open_archive(path)
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

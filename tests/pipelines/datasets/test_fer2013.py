@@ -152,6 +152,7 @@ def test_zipped_csv_below_a_folder(tmp_path: Path) -> None:
         zipped.writestr("fer2013/fer2013.csv", f"{HEADER}0,{pixels()},Training\n")
         zipped.writestr("fer2013/README", "…")
         zipped.writestr("a_test.csv", "pixels\n1 2 3\n")
+        zipped.writestr("derived.csv", f"{HEADER}1,,Training\n2,,Training\n")
     (row,) = datasets.examples("fer2013", open_archive(path))
     assert (row.id, row.defect) == ("fer2013-00000", "")
 
