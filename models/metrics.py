@@ -1,16 +1,12 @@
-"""The field's metrics, in NumPy over whole prediction arrays, plus one Keras metric for training.
+"""The field's metrics, in NumPy over whole prediction arrays.
 
 Functions take `weights`, how often each example counts, with any leading axes: one row of ones
 gives the figure itself, rows of bootstrap counts give its resamples in one product.
 """
 
-from typing import Any
-
-import keras
 import numpy as np
-from keras import ops
 
-from models.schemes import IBUG_68, Scheme
+from models.schemes import Scheme
 
 
 def interocular_errors(
@@ -109,24 +105,3 @@ def _ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
 
 def _mean_over(values: np.ndarray, present: np.ndarray) -> np.ndarray:
     return (values * present).sum(-1) / np.maximum(present.sum(-1), 1)
-
-
-@keras.saving.register_keras_serializable(package="grimace")
-def nme(y_true: Any, y_pred: Any) -> Any:
-    """Inter-ocular NME of a batch, for watching a training of 68 points (iBUG).
-
-    Args:
-        y_true: float (B, 68, 3): x, y, visible.
-        y_pred: float (B, 68, 2).
-
-    Returns:
-        float (B,). Examples whose eye corners coincide or are hidden count as 0; evaluation
-        proper uses `interocular_errors`, which leaves them out.
-    """
-    mask = y_true[..., 2]
-    distance = ops.norm(y_pred - y_true[..., :2], axis=-1) * mask
-    mean = ops.sum(distance, axis=-1) / ops.maximum(ops.sum(mask, axis=-1), 1)
-    left, right = IBUG_68.left_eye_outer, IBUG_68.right_eye_outer
-    eyes = ops.norm(y_true[:, left, :2] - y_true[:, right, :2], axis=-1)
-    valid = mask[:, left] * mask[:, right] * ops.cast(eyes > 1e-6, mask.dtype)
-    return valid * mean / ops.maximum(eyes, 1e-6)

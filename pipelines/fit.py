@@ -23,7 +23,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from models import emotion, landmarks, losses, metrics
+from models import emotion, landmarks, losses
 from pipelines.cli import GrimaceError, run
 from pipelines.shards import View, read_meta, read_view
 
@@ -209,7 +209,7 @@ def _compiled(job: Job, meta: dict[str, Any], steps: int) -> keras.Model:
         loss = keras.losses.CategoricalCrossentropy(label_smoothing=job.label_smoothing)
         model.compile(optimizer, loss, metrics=["accuracy"])
     else:
-        model.compile(optimizer, losses.MaskedWing(), metrics=[metrics.nme])
+        model.compile(optimizer, losses.MaskedWing(), metrics=[losses.nme])
     return model
 
 
