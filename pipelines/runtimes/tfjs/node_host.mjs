@@ -10,5 +10,5 @@ import { serve } from "./predictor.mjs";
 process.stdin.on("end", () => process.exit(0));
 process.stdin.resume();
 
-await serve({ ...core, ...converter, ...wasm }, process.argv[2]);
+await serve({ ...core, ...converter }, wasm, process.argv[2]);
 process.exit(0);

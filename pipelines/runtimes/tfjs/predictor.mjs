@@ -4,9 +4,9 @@
 const MINIMUM_PAUSE_MS = 50;
 
 /** Open the model, announce it, then answer jobs until there are no more. */
-export async function serve(tf, base) {
+export async function serve(tf, wasm, base) {
   try {
-    const model = await open(tf, base);
+    const model = await open(tf, wasm, base);
     await post(base, "ready", describe(tf, model));
     for (;;) {
       const job = await nextJob(base);
@@ -18,10 +18,10 @@ export async function serve(tf, base) {
   }
 }
 
-async function open(tf, base) {
+async function open(tf, wasm, base) {
   // One thread in both hosts, so that their latencies can be compared with the other runtimes'.
   tf.env().set("WASM_HAS_MULTITHREAD_SUPPORT", false);
-  tf.setWasmPaths(`${base}wasm/`);
+  wasm.setWasmPaths(`${base}wasm/`, true); // fetch them in Node too, as it does the model
   if (!(await tf.setBackend("wasm"))) throw new Error("the WebAssembly backend did not start");
   return tf.loadGraphModel(`${base}model/model.json`);
 }

@@ -1,0 +1,1 @@
+"""One module per target runtime, each with the same `export(model_path, out, calibration)`."""
