@@ -1,7 +1,6 @@
 """The edge every command line passes: one error type, one clear line, the right exit code."""
 
 import errno
-import os
 import resource
 import sys
 import time
@@ -10,16 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from shutil import rmtree
 
-# Libraries that would reach for the network, or chat, when they are imported.
-QUIET_ENVIRONMENT = {
-    "NO_ALBUMENTATIONS_UPDATE": "1",
-    "MLFLOW_DISABLE_TELEMETRY": "true",
-    "DO_NOT_TRACK": "true",
-    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-    "DVC_NO_ANALYTICS": "1",
-    "TF_CPP_MIN_LOG_LEVEL": "3",
-    "GIT_PYTHON_REFRESH": "quiet",
-}
+import psutil
 
 
 class GrimaceError(Exception):
@@ -28,12 +18,9 @@ class GrimaceError(Exception):
 
 def run(main: Callable[[], None]) -> None:
     """Run `main`; end with one line on stderr and exit code 1 where the user can act on it."""
-    for name, value in QUIET_ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
-    start = time.perf_counter()
     try:
         main()
-        print(_costs(time.perf_counter() - start), file=sys.stderr)
+        print(_costs(), file=sys.stderr)
     except GrimaceError as error:
         sys.exit(f"error: {error}")
     except OSError as error:
@@ -48,8 +35,9 @@ def run(main: Callable[[], None]) -> None:
         sys.exit(130)
 
 
-def _costs(seconds: float) -> str:
-    """Say what the command took; the largest of its child processes counts as memory too."""
+def _costs() -> str:
+    """Say what this process took; the largest of its children counts as memory too."""
+    seconds = time.time() - psutil.Process().create_time()
     kinds = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
     peak = max(resource.getrusage(kind).ru_maxrss for kind in kinds) / 1024
     return f"took {seconds:.1f} s, peak memory {peak:.0f} MiB"

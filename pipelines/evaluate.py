@@ -131,9 +131,11 @@ def evaluate_job(name: str, params: Params) -> None:
     with whole_folder(report) as out:
         write_plots(faces, outputs, params.evaluate, out, f"{name}, validation")
         np.save(out / "outputs.npy", outputs)
-    report.with_suffix(".json").write_text(json.dumps(scores, indent=2) + "\n")
+        (out / "scores.json").write_text(json.dumps(scores, indent=2) + "\n")
+    compact = {name: value for name, value in scores.items() if isinstance(value, int | float)}
+    report.with_suffix(".json").write_text(json.dumps(compact, indent=2) + "\n")
     with tracking.run_of_model(params.tracking, job.task, path):
-        mlflow.log_metrics(tracking.flat(_without_intervals(scores), "val."))
+        mlflow.log_metrics(tracking.flat(compact, "val."))
         mlflow.log_artifacts(str(report), "validation")
     print(headline(scores))
 
@@ -347,10 +349,6 @@ def headline(scores: dict[str, Any]) -> str:
     name = "accuracy" if scores["task"] == "emotion" else "nme_interocular_68"
     low, high = scores["ci95"][name]
     return f"{name} {scores[name]:.2%} (95 % interval {low:.2%} to {high:.2%}, n = {scores['n']})"
-
-
-def _without_intervals(scores: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in scores.items() if name != "ci95"}
 
 
 def write_plots(

@@ -119,7 +119,7 @@ def _judge(example: Example, params: Filter) -> tuple[Finding | None, bytes]:
 
 
 def write_report(findings: list[Finding], raw: Path, kept: int, out: Path) -> dict[str, Any]:
-    """Write findings.parquet and .csv and one contact sheet a check; return the counts."""
+    """Write findings, kept examples by class and one contact sheet a check; return counts."""
     columns = list(Finding.__dataclass_fields__)
     table = pd.DataFrame([asdict(finding) for finding in findings], columns=columns)
     table.to_parquet(out / "findings.parquet", index=False)
@@ -141,12 +141,13 @@ def write_report(findings: list[Finding], raw: Path, kept: int, out: Path) -> di
             out / f"{check}.png",
             title=f"{raw.name}: {check}, {len(examples)} of {reasons[check]}",
         )
+    by_class = pd.DataFrame(sorted(classes.items()), columns=["class", "kept"])
+    by_class.to_csv(out / "classes.csv", index=False)
     return {
         "raw": kept + len(findings),
         "kept": kept,
         "dropped": len(findings),
         "dropped_by_check": dict(sorted(reasons.items())),
-        "kept_by_class": dict(sorted(classes.items())),
     }
 
 

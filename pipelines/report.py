@@ -30,7 +30,7 @@ def task_rows(task: str) -> list[tuple[str, ...]]:
     test, numerics, perf, blessing = (
         _read(verify / f"{name}.json") for name in ("test", "numerics", "perf", "blessing")
     )
-    val = _read(f"reports/evaluate/{task}/{select['candidate']}.json")
+    val = _read(f"reports/evaluate/{task}/{select['candidate']}/scores.json")
     model = f"{select['candidate']} (of {len(select['ranking'])})"
     size = Path("deploy/candidate", f"{task}.keras").stat().st_size
     rows: list[tuple[str, ...]] = [

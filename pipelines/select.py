@@ -57,10 +57,10 @@ def main() -> None:
 
 def read_scores(task: str) -> dict[str, dict[str, Any]]:
     """Read what `evaluate` wrote of each model of a task."""
-    found = sorted(Path("reports/evaluate", task).glob("*.json"))
+    found = sorted(Path("reports/evaluate", task).glob("*/scores.json"))
     if not found:
         raise GrimaceError(f"reports/evaluate/{task} holds no scores; run `dvc repro evaluate`")
-    return {path.stem: json.loads(path.read_text()) for path in found}
+    return {path.parent.name: json.loads(path.read_text()) for path in found}
 
 
 def rank(scores: dict[str, dict[str, Any]], settings: SelectTask) -> pd.DataFrame:

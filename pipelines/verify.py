@@ -79,8 +79,8 @@ def verify(task: TaskName, params: Params) -> None:
     }
     out.with_suffix(".json").write_text(json.dumps(summary, indent=2) + "\n")
     with tracking.run_of_model(params.tracking, task, candidate):
-        scores = {key: value for key, value in test.items() if key != "ci95"}
-        mlflow.log_metrics(tracking.flat(scores, "test."))
+        compact = {key: value for key, value in test.items() if isinstance(value, int | float)}
+        mlflow.log_metrics(tracking.flat(compact, "test."))
         for name, row in numerics.items():
             label = name.replace("/", ".")
             mlflow.log_metric(f"deployed.{label}.{DECIDES[task]}", row[DECIDES[task]])
