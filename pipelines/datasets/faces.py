@@ -452,18 +452,19 @@ def _expressive_shape(neutral: np.ndarray, units: np.ndarray) -> np.ndarray:
     activation = units[:, :1] * (1 - weight) + units[:, 1:] * weight
     shape = neutral + np.einsum("up,upc->pc", activation, _MOVES)
 
-    # Flesh does not pass through flesh: lids and lips meet at most.
-    for upper, lower, gap in (
-        ((37, 38, 43, 44), (41, 40, 47, 46), 0.035),
-        ((61, 62, 63), (67, 66, 65), 0.004),
-        ((50, 51, 52), (61, 62, 63), 0.025),
-        ((67, 66, 65), (58, 57, 56), 0.035),
-        ((49, 53), (60, 64), 0.015),
+    # Flesh does not pass through flesh: lids and lips meet at most. Pressed lips are kept apart
+    # by moving the outer edge alone, so that the inner edges stay where they met.
+    for upper, lower, gap, upper_share in (
+        ((37, 38, 43, 44), (41, 40, 47, 46), 0.035, 0.5),
+        ((61, 62, 63), (67, 66, 65), 0.006, 0.5),
+        ((50, 51, 52), (61, 62, 63), 0.025, 1.0),
+        ((67, 66, 65), (58, 57, 56), 0.035, 0.0),
+        ((49, 53), (60, 64), 0.015, 1.0),
     ):
         above, below = shape[list(upper), 1], shape[list(lower), 1]
         overlap = np.clip(gap - (below - above), 0, None)
-        shape[list(upper), 1] -= overlap / 2
-        shape[list(lower), 1] += overlap / 2
+        shape[list(upper), 1] -= overlap * upper_share
+        shape[list(lower), 1] += overlap * (1 - upper_share)
     return shape
 
 
