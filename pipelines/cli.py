@@ -24,7 +24,7 @@ def run(main: Callable[[], None]) -> None:
     except GrimaceError as error:
         sys.exit(f"error: {error}")
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if not _disk_is_full(error):
             raise
         place = f" while writing {error.filename}" if error.filename else ""
         sys.exit(
@@ -33,6 +33,12 @@ def run(main: Callable[[], None]) -> None:
         )
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def _disk_is_full(error: OSError) -> bool:
+    # `np.save` gives no number, only "1000 requested and 16 written".
+    short_write = error.errno is None and str(error).endswith(" written")
+    return short_write or error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 def _costs() -> str:
@@ -51,6 +57,7 @@ def whole_folder(target: Path) -> Iterator[Path]:
     takes for whole.
     """
     partial = target.with_name(f".{target.name}.partial")
+    old = target.with_name(f".{target.name}.old")
     rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
@@ -58,5 +65,9 @@ def whole_folder(target: Path) -> Iterator[Path]:
     except BaseException:
         rmtree(partial, ignore_errors=True)
         raise
-    rmtree(target, ignore_errors=True)
+    # Moved aside at once, because a kill while it is being removed would leave half of it.
+    rmtree(old, ignore_errors=True)
+    if target.exists():
+        target.rename(old)
     partial.rename(target)
+    rmtree(old, ignore_errors=True)
