@@ -47,7 +47,7 @@ def main() -> None:
     params = load_params()
     task = params.tasks.named(args.task)
     settings = params.augment.named(args.task)
-    build_policy(settings, where=f"augment.{args.task}.policy")
+    build_policy(settings, task, args.task)
     clean = Path("data/clean", task.dataset)
     index = usable(clean, Path("data/split", task.dataset, "index.parquet"), args.task)
 
@@ -140,7 +140,11 @@ def _allocate(job: Job, side: str, ids: list[str], views: int, points: int) -> N
             arrays[f"landmarks-{view:02d}"] = ((count, points, 2), np.float32)
             arrays[f"visible-{view:02d}"] = ((count, points), np.bool_)
     for name, (shape, dtype) in arrays.items():
-        open_memmap(folder / f"{name}.npy", "w+", dtype, shape).flush()
+        path = folder / f"{name}.npy"
+        open_memmap(path, "w+", dtype, shape).flush()
+        # Reserved at once: a disk that fills up under a memory map kills the process unheard.
+        with path.open("r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
 
 
 def _write_chunk(job: Job, part: Path, rows: pd.DataFrame) -> int:
@@ -150,7 +154,7 @@ def _write_chunk(job: Job, part: Path, rows: pd.DataFrame) -> int:
         str(id): (str(side), int(row))
         for id, side, row in zip(rows["id"], rows["split"], rows["row"], strict=True)
     }
-    policy = build_policy(job.settings, size=job.task.size)
+    policy = build_policy(job.settings, job.task, job.name)
     files: dict[str, np.ndarray] = {}
 
     def put(name: str, row: int, value: Any) -> None:
@@ -237,38 +241,49 @@ def augmented_view(
     return result["image"].reshape(size, size, -1), landmarks, visible
 
 
-def build_policy(settings: AugmentTask, where: str = "policy", size: int | None = None) -> Any:
-    """Make the albumentations pipeline of a task; with `size`, trimmed to that side at its end.
+def build_policy(settings: AugmentTask, task: Task, name: TaskName) -> Any:
+    """Make the albumentations pipeline of a task, which takes a wide crop and trims it at its end.
+
+    Each transform is tried on an empty picture, so that one that cannot work is named before any
+    work.
 
     Raises:
-        GrimaceError: a transform that albumentations does not have, or arguments it rejects.
+        GrimaceError: a transform that albumentations does not have, arguments it rejects, or a
+            result that is no picture for the task (other type or channels, too small).
     """
     import albumentations
 
     transforms = []
+    trial = np.zeros((_wide(task.size), _wide(task.size), task.channels), np.uint8)
     for position, item in enumerate(settings.policy):
+        where = f"params.yaml: augment.{name}.policy.{position}"
         kind = getattr(albumentations, item.transform, None)
         if not (isinstance(kind, type) and issubclass(kind, albumentations.BasicTransform)):
             raise GrimaceError(
-                f"params.yaml: {where}.{position}.transform: albumentations "
-                f"{albumentations.__version__} has no {item.transform!r}"
+                f"{where}.transform: albumentations {albumentations.__version__} has no "
+                f"transform {item.transform!r}"
             )
         known = kind.InitSchema.model_fields if hasattr(kind, "InitSchema") else {}
-        for name in item.arguments:
-            if known and name not in {*known, "p"}:
+        for argument in item.arguments:
+            if known and argument not in {*known, "p"}:
                 raise GrimaceError(
-                    f"params.yaml: {where}.{position}.{name}: unknown argument of "
-                    f"{item.transform}; it takes {', '.join(sorted({*known, 'p'} - {'strict'}))}"
+                    f"{where}.{argument}: unknown argument of {item.transform}; it takes "
+                    f"{', '.join(sorted({*known, 'p'} - {'strict'}))}"
                 )
         try:
             transforms.append(kind(**item.arguments))
-        except (TypeError, ValueError) as error:
-            reason = " ".join(str(error).split())
+            trial = kind(**item.arguments | {"p": 1.0})(image=trial)["image"]
+        # Whatever albumentations' own checks and filters raise.
+        except Exception as error:
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise GrimaceError(f"{where}: {item.transform} fails: {reason}") from None
+        height, width, channels = trial.shape
+        if min(height, width) < task.size or channels != task.channels or trial.dtype != np.uint8:
             raise GrimaceError(
-                f"params.yaml: {where}.{position}: {item.transform} rejects its arguments: {reason}"
-            ) from None
-    if size:
-        transforms.append(albumentations.CenterCrop(size, size))
+                f"{where}: {item.transform} makes {trial.dtype} {trial.shape} of the crop, which "
+                f"must stay uint8 with {task.channels} channels and at least {task.size} pixels"
+            )
+    transforms.append(albumentations.CenterCrop(task.size, task.size))
     keypoints = albumentations.KeypointParams(format="xy", remove_invisible=False)
     return albumentations.Compose(transforms, keypoint_params=keypoints)
 

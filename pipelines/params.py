@@ -48,18 +48,19 @@ def load_params(path: Path = Path("params.yaml")) -> "Params":
         raise GrimaceError(
             f"{path} is missing: run from the root of the Grimace repository"
         ) from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise GrimaceError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
     try:
-        # JSON mode, because strict validation then still takes a list for a tuple.
-        return Params.model_validate_json(json.dumps(raw), strict=True)
+        # JSON mode, because strict validation then still takes a list for a tuple. What JSON does
+        # not have (YAML's dates) becomes a text, which no number or section accepts.
+        return Params.model_validate_json(json.dumps(raw, default=str), strict=True)
     except ValidationError as error:
         lines = [_explain(item, raw) for item in error.errors()]
         raise GrimaceError("\n       ".join(f"{path}: {line}" for line in lines)) from None
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class Task(_Section):
@@ -235,6 +236,8 @@ class TrainJob(_Section):
             raise ValueError(f"loss {self.loss} does not fit task {self.task}")
         if "default" not in self.epochs:
             raise ValueError("epochs needs a 'default' beside the datasets it names")
+        if unknown := self.epochs.keys() - {"default", *Download.model_fields}:
+            raise ValueError(f"epochs names unknown datasets: {', '.join(sorted(unknown))}")
         return self
 
 
@@ -364,8 +367,9 @@ def _check_policies(params: Params) -> None:
     """Build both augmentation policies, so that a bad transform is named before any work."""
     from pipelines.augment import build_policy
 
-    for task in ("emotion", "landmarks"):
-        build_policy(params.augment.named(task), where=f"augment.{task}.policy")
+    tasks: tuple[TaskName, ...] = ("emotion", "landmarks")
+    for task in tasks:
+        build_policy(params.augment.named(task), params.tasks.named(task), task)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,272 @@
+import copy
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from pydantic import ValidationError
+
+from pipelines.augment import build_policy
+from pipelines.cli import GrimaceError
+from pipelines.params import Params, load_params
+
+ROOT = Path(__file__).parents[2]
+REAL = yaml.safe_load((ROOT / "params.yaml").read_text())
+
+
+def changed(key: str, value: Any) -> dict[str, Any]:
+    """The real parameters with one value set, at a dotted key."""
+    raw = copy.deepcopy(REAL)
+    place: Any = raw
+    *parents, last = key.split(".")
+    for part in parents:
+        place = place[int(part)] if isinstance(place, list) else place[part]
+    place[int(last) if isinstance(place, list) else last] = value
+    return raw
+
+
+def without(key: str) -> dict[str, Any]:
+    raw = copy.deepcopy(REAL)
+    *parents, last = key.split(".")
+    place = raw
+    for part in parents:
+        place = place[part]
+    del place[last]
+    return raw
+
+
+@pytest.fixture
+def load(tmp_path: Path) -> Callable[[Any], Params]:
+    def load(raw: Any) -> Params:
+        path = tmp_path / "params.yaml"
+        path.write_text(raw if isinstance(raw, str) else yaml.safe_dump(raw))
+        return load_params(path)
+
+    return load
+
+
+Load = Callable[[Any], Params]
+
+
+def complaint(load: Load, raw: Any) -> str:
+    """The one line, after the file's name, that a bad file gives."""
+    with pytest.raises(GrimaceError) as error:
+        load(raw)
+    (line,) = str(error.value).splitlines()
+    return line.partition("params.yaml")[2].removeprefix(": ")
+
+
+def test_the_file_in_the_repository_is_valid(load: Load) -> None:
+    params = load(REAL)
+    assert params.tasks.named("landmarks").size == REAL["tasks"]["landmarks"]["size"]
+    assert params.augment.named("emotion").policy[1].transform == "Rotate"
+    assert params.augment.named("emotion").policy[1].arguments["border_mode"] == 1
+    assert params.train.jobs["landmarks-plain"].widths == (16, 32, 64, 128)
+
+
+@pytest.mark.parametrize(
+    ("key", "meant"),
+    [
+        ("filter.blank_stdd", "blank_std"),
+        ("splitt", "split"),
+        ("tasks.emotion.chanels", "channels"),
+        ("train.jobs.emotion-plain.learning_rat", "learning_rate"),
+        ("download.fer2013.sha265", "sha256"),
+    ],
+)
+def test_unknown_key(load: Load, key: str, meant: str) -> None:
+    assert complaint(load, changed(key, 1)) == f"{key}: unknown key (did you mean {meant!r}?)"
+
+
+def test_unknown_key_like_no_other(load: Load) -> None:
+    assert complaint(load, changed("filter.zzz", 1)) == "filter.zzz: unknown key"
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("split.seed", "three"),
+        ("split.seed", 1.5),
+        ("split.seed", True),
+        ("split.seed", date(2026, 1, 1)),  # YAML makes dates of its own accord
+        ("split.seed", None),
+        ("filter.exact_duplicates", "yes please"),
+        ("filter", "all"),
+        ("tasks.emotion.dataset", 3),
+        ("train.jobs.emotion-plain.widths", 16),
+        ("train.jobs.emotion-plain.learning_rate", "1e-3"),  # how YAML 1.1 reads 1e-3
+        ("augment.emotion.policy.1", "Rotate"),
+        # impossible values
+        ("split.val", 0),
+        ("split.test", -0.1),
+        ("filter.blank_std", -1),
+        ("filter.blank_std", float("inf")),
+        ("train.jobs.emotion-plain.learning_rate", float("nan")),
+        ("train.jobs.emotion-plain.epochs.default", 0),
+        ("train.jobs.emotion-plain.widths.1", -2),
+        ("train.jobs.emotion-plain.model", "resnet"),
+        ("tasks.emotion.size", 50),
+        ("tasks.emotion.channels", 2),
+        ("augment.workers", -1),
+        ("augment.landmarks.views", 0),
+        ("augment.landmarks.jitter_scale", 1),
+        ("download.fer2013.sha256.0", "26c5"),
+    ],
+)
+def test_wrong_type_or_impossible_value(load: Load, key: str, value: Any) -> None:
+    said = complaint(load, changed(key, value))
+    assert said.startswith(f"{key}: ")
+    shown = str(value) if isinstance(value, date) else value
+    assert said.endswith(f", not {shown!r}")
+
+
+@pytest.mark.parametrize(
+    "key", ["verify", "split.seed", "train.jobs.emotion-plain.loss", "tasks.landmarks"]
+)
+def test_missing_key(load: Load, key: str) -> None:
+    assert complaint(load, without(key)) == f"{key}: missing"
+
+
+def test_missing_transform_name(load: Load) -> None:
+    raw = changed("augment.emotion.policy.0", {"p": 0.5})
+    assert complaint(load, raw) == "augment.emotion.policy.0.transform: missing"
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("tasks.emotion.dataset", "fer2031", "tasks.emotion.dataset: 'fer2031' is not a dataset"),
+        ("split.val", 0.85, "split: val + test leave nothing for training"),
+        ("train.jobs.emotion-plain.loss", "wing", "train.jobs.emotion-plain: loss wing"),
+        ("train.jobs.emotion-plain.epochs", {"fer2013": 1}, "train.jobs.emotion-plain: epochs"),
+        (
+            "train.jobs.emotion-plain.epochs.fer2031",
+            5,
+            "train.jobs.emotion-plain: epochs names unknown datasets: fer2031",
+        ),
+        ("train.jobs.emotion-plain.task", "landmarks", "train.jobs.emotion-plain: loss"),
+    ],
+)
+def test_values_that_do_not_fit_each_other(load: Load, key: str, value: Any, words: str) -> None:
+    assert complaint(load, changed(key, value)).startswith(words)
+
+
+def test_known_datasets_are_listed(load: Load) -> None:
+    said = complaint(load, changed("tasks.landmarks.dataset", "300w"))
+    assert all(name in said for name in REAL["download"])
+
+
+def test_a_job_is_called_by_what_it_trains(load: Load) -> None:
+    raw = copy.deepcopy(REAL)
+    raw["train"]["jobs"]["best"] = raw["train"]["jobs"].pop("emotion-plain")
+    assert "job best must be called emotion-plain" in complaint(load, raw)
+
+
+def test_a_task_without_a_model_is_refused(load: Load) -> None:
+    raw = copy.deepcopy(REAL)
+    raw["train"]["jobs"] = {
+        name: job for name, job in raw["train"]["jobs"].items() if job["task"] == "emotion"
+    }
+    assert complaint(load, raw) == "train.jobs has no model for task landmarks"
+
+
+def test_every_error_has_its_own_line(load: Load) -> None:
+    raw = changed("split.seed", "x") | {"nonsense": 1}
+    with pytest.raises(GrimaceError) as error:
+        load(raw)
+    lines = str(error.value).splitlines()
+    assert len(lines) == 2
+    for start in ("split.seed: input should", "nonsense: unknown key"):
+        assert any(f"params.yaml: {start}" in line for line in lines)
+
+
+@pytest.mark.parametrize("text", ["a: [1\nb: 2", "? [a]\n: 1", "a: \x00", "{"])
+def test_not_yaml(load: Load, text: str) -> None:
+    assert complaint(load, text).startswith(" is not YAML: ")
+
+
+def test_not_text(tmp_path: Path) -> None:
+    (tmp_path / "params.yaml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(GrimaceError, match="is not YAML"):
+        load_params(tmp_path / "params.yaml")
+
+
+@pytest.mark.parametrize("text", ["", "- 1\n", "hello\n"])
+def test_not_a_mapping(load: Load, text: str) -> None:
+    assert complaint(load, text).startswith("the file: input should be an object")
+
+
+def test_no_file(tmp_path: Path) -> None:
+    with pytest.raises(GrimaceError, match=r"params\.yaml is missing: run from the root"):
+        load_params(tmp_path / "params.yaml")
+
+
+@pytest.mark.parametrize(
+    ("item", "words"),
+    [
+        ({"transform": "Rotat"}, r"policy\.1\.transform: albumentations 2.* has no .*'Rotat'"),
+        ({"transform": "OneOf", "transforms": []}, r"policy\.1\.transform: .* no .*'OneOf'"),
+        ({"transform": "os"}, r"policy\.1\.transform: .* has no .*'os'"),
+        ({"transform": "Rotate", "limits": 3}, r"policy\.1\.limits: unknown .* Rotate; .*limit"),
+        ({"transform": "Rotate", "limit": "far"}, r"policy\.1: Rotate .*limit.*'far'"),
+        ({"transform": "Rotate", "p": 2}, r"policy\.1: Rotate .*\bp\b.*less than or equal to 1"),
+        ({"transform": "DualTransform"}, r"policy\.1: DualTransform fails"),
+        # These would work, and hand training something that is no picture.
+        ({"transform": "Normalize"}, r"policy\.1: Normalize makes float32"),
+        ({"transform": "Resize", "height": 20, "width": 20}, r"policy\.1: Resize .*\(20, 20, 1\)"),
+        ({"transform": "RandomCrop", "height": 999, "width": 9}, r"policy\.1: RandomCrop fails"),
+        ({"transform": "RandomSunFlare"}, r"policy\.1: RandomSunFlare fails: .*3-channel"),
+    ],
+)
+def test_bad_transform(load: Load, item: dict[str, Any], words: str) -> None:
+    params = load(changed("augment.emotion.policy.1", item))
+    with pytest.raises(GrimaceError, match=r"params\.yaml: augment\.emotion\." + words) as error:
+        build_policy(params.augment.emotion, params.tasks.emotion, "emotion")
+    assert len(str(error.value).splitlines()) == 1
+
+
+def test_values_are_frozen(load: Load) -> None:
+    params = load(REAL)
+    job = params.train.jobs["emotion-plain"]
+    for section, name in [
+        (params, "split"),
+        (params.split, "seed"),
+        (params.tasks.emotion, "size"),
+        (params.augment.emotion.policy[0], "transform"),
+        (job, "seed"),
+    ]:
+        with pytest.raises(ValidationError, match="frozen"):
+            setattr(section, name, getattr(section, name))
+
+
+def command(folder: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "pipelines.params"],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_the_command(tmp_path: Path) -> None:
+    params = tmp_path / "params.yaml"
+    params.write_text(yaml.safe_dump(changed("augment.landmarks.policy.0.transform", "Flop")))
+    bad = command(tmp_path)
+    assert bad.returncode == 1
+    (line,) = bad.stderr.splitlines()
+    assert line.startswith("error: params.yaml: augment.landmarks.policy.0.transform: ")
+    schema = tmp_path / "reports/params/schema.json"
+    assert not schema.exists()
+
+    params.write_text(yaml.safe_dump(REAL))
+    good = command(tmp_path)
+    assert (good.returncode, good.stdout) == (0, "params.yaml is valid\n")
+    assert set(json.loads(schema.read_text())["properties"]) == set(REAL)
