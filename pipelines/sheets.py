@@ -39,13 +39,15 @@ def contact_sheet(
         axis.axis("off")
     for index, (axis, image, caption) in enumerate(zip(axes.flat, images, captions, strict=False)):
         side = np.array([image.shape[1], image.shape[0]])
-        axis.imshow(image.squeeze(), cmap="gray", vmin=0, vmax=255)
+        grey = image.shape[2] == 1
+        axis.imshow(image[..., 0] if grey else image, cmap="gray", vmin=0, vmax=255)
         for set_of_points, colour in ((points, "lime"), (more_points, "red")):
             if set_of_points is not None:
                 x, y = (set_of_points[index] * side - 0.5).T
                 axis.plot(x, y, ".", color=colour, markersize=1.5)
-        axis.set_title(caption, fontsize=6, pad=2)
-    figure.suptitle(title, fontsize=10)
+        # A "$" in an id is no formula.
+        axis.set_title(caption, fontsize=6, pad=2, parse_math=False)
+    figure.suptitle(title, fontsize=10, parse_math=False)
     figure.tight_layout()
     figure.savefig(path)
     plt.close(figure)
