@@ -36,6 +36,8 @@ def decode(encoded: bytes, channels: int) -> np.ndarray:
     try:
         with Image.open(io.BytesIO(encoded)) as picture:
             upright = ImageOps.exif_transpose(picture)
+            if upright.mode.startswith("I;16"):  # Pillow would cut off at 255, not scale
+                upright = Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
             pixels = np.asarray(upright.convert("L" if channels == 1 else "RGB"))
     # Pillow's decoders raise whatever their format's parser meets.
     except Exception as error:
