@@ -67,8 +67,12 @@ def main() -> None:
     with whole_folder(Path("data/clean", args.dataset)) as clean:
         kept = (example for example in read(raw) if example.id not in dropped)
         count = write_examples(kept, clean)
-    if not count:
-        raise GrimaceError(f"filter dropped all of {args.dataset}: see {findings[0].evidence!r}")
+        if not count:
+            first = findings[0]
+            raise GrimaceError(
+                f"filter dropped every example of {args.dataset}; the first, {first.id}, as "
+                f"{first.check}: {first.evidence}. Check the archive, and `filter` in params.yaml"
+            )
     report = Path("reports/filter", args.dataset)
     with whole_folder(report) as partial:
         summary = write_report(findings, raw, count, partial)
