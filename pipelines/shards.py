@@ -1,6 +1,6 @@
 """What `augment` hands to training: plain NumPy files in one folder, readable without TensorFlow.
 
-    meta.json                     task, crop, classes or landmark scheme, counts, data version
+    meta.json                     task, crop, classes or landmark scheme, counts
     {train,val}/ids.npy           (n,)           unicode
     {train,val}/emotions.npy      (n,)           int64, task emotion
     {train,val}/images-VV.npy     (n, S, S, C)   uint8, one file a view
