@@ -1,6 +1,7 @@
 """The edge every command line passes: one error type, one clear line, the right exit code."""
 
 import errno
+import json
 import resource
 import sys
 import time
@@ -11,6 +12,8 @@ from shutil import rmtree
 
 import psutil
 
+COSTS = Path("reports/costs.jsonl")
+
 
 class GrimaceError(Exception):
     """Something the user can act on: the message says what is wrong, where, and what to do."""
@@ -20,7 +23,7 @@ def run(main: Callable[[], None]) -> None:
     """Run `main`; end with one line on stderr and exit code 1 where the user can act on it."""
     try:
         main()
-        print(_costs(), file=sys.stderr)
+        _tell_costs()
     except GrimaceError as error:
         sys.exit(f"error: {error}")
     except OSError as error:
@@ -41,12 +44,24 @@ def _disk_is_full(error: OSError) -> bool:
     return short_write or error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
-def _costs() -> str:
-    """Say what this process took; the largest of its children counts as memory too."""
+def _tell_costs() -> None:
+    """Say what this process took, and note it in `reports/costs.jsonl` for `report --publish`.
+
+    Memory is the largest resident set of this process or any one of its children.
+    """
     seconds = time.time() - psutil.Process().create_time()
     kinds = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
     peak = max(resource.getrusage(kind).ru_maxrss for kind in kinds) / 1024
-    return f"took {seconds:.1f} s, peak memory {peak:.0f} MiB"
+    print(f"took {seconds:.1f} s, peak memory {peak:.0f} MiB", file=sys.stderr)
+    if COSTS.parent.is_dir():
+        module = sys.modules["__main__"].__spec__
+        row = {
+            "command": " ".join([module.name if module else sys.argv[0], *sys.argv[1:]]),
+            "seconds": round(seconds, 1),
+            "peak_mib": round(peak),
+        }
+        with COSTS.open("a") as file:
+            file.write(json.dumps(row) + "\n")
 
 
 @contextmanager
