@@ -1,0 +1,165 @@
+import math
+
+import numpy as np
+import pytest
+from sklearn import metrics as reference
+
+from models.metrics import confusion, emotion_metrics, interocular_errors, landmark_metrics
+from models.schemes import IBUG_68, KAGGLE_15, Scheme
+
+# emotion, against scikit-learn
+
+
+def draw(present: list[int], guessed: list[int], count: int = 400) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(1)
+    truth, guess = rng.choice(present, count), rng.choice(guessed, count)
+    return truth, np.where(rng.random(count) < 0.5, truth, guess)
+
+
+ALL = list(range(7))
+CASES = {
+    "all classes": draw(ALL, ALL),
+    "class 1 in neither": draw([0, 2, 3, 4, 5, 6], [0, 2, 3, 4, 5, 6]),
+    "class 1 only predicted": draw([0, 2, 3, 4, 5, 6], ALL),
+    "class 1 never predicted": (draw(ALL, ALL)[0], draw(ALL, ALL)[1] * (draw(ALL, ALL)[1] != 1)),
+    "all right": draw(ALL, ALL)[:1] * 2,
+    "all wrong": (np.zeros(9, int), np.ones(9, int)),
+    "one example": (np.array([3]), np.array([3])),
+}
+
+
+@pytest.mark.filterwarnings("ignore:y_pred contains classes not in y_true", "ignore:A single label")
+@pytest.mark.parametrize("case", CASES)
+def test_emotion_metrics_agree_with_scikit_learn(case: str) -> None:
+    truth, guess = CASES[case]
+    matrix = confusion(truth, guess, np.ones(len(truth)), 7)
+    assert np.array_equal(matrix, reference.confusion_matrix(truth, guess, labels=ALL))
+    found = emotion_metrics(matrix)
+    precision, recall, f1, _ = reference.precision_recall_fscore_support(
+        truth, guess, labels=ALL, zero_division=0
+    )
+    expected = {
+        "accuracy": reference.accuracy_score(truth, guess),
+        "macro_f1": reference.f1_score(truth, guess, average="macro", zero_division=0),
+        "balanced_accuracy": reference.balanced_accuracy_score(truth, guess),
+        "precision": precision,
+        "recall": recall,
+        "f1": f1,
+    }
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        np.testing.assert_allclose(found[name], value, rtol=1e-6, atol=1e-9, err_msg=name)
+
+
+def test_weights_count_examples_as_often_as_they_are_drawn() -> None:
+    truth, guess = CASES["all classes"]
+    rng = np.random.default_rng(2)
+    draws = rng.integers(0, len(truth), (5, len(truth)))
+    weights = np.stack([np.bincount(row, minlength=len(truth)) for row in draws])
+    together = emotion_metrics(confusion(truth, guess, weights, 7))
+    assert together["accuracy"].shape == (5,) and together["f1"].shape == (5, 7)
+    for row, drawn in enumerate(draws):
+        alone = emotion_metrics(confusion(truth[drawn], guess[drawn], np.ones(len(drawn)), 7))
+        for name, value in alone.items():
+            np.testing.assert_allclose(together[name][row], value, rtol=1e-6, err_msg=name)
+
+
+# landmarks, against loops and a curve that is integrated
+
+
+def loop_errors(
+    truth: np.ndarray, guess: np.ndarray, visible: np.ndarray, corners: list[int], chosen: range
+) -> list[float]:
+    errors = []
+    for true, guessed, seen in zip(truth, guess, visible, strict=True):
+        points = [i for i in chosen if seen[i]]
+        if not (points and seen[corners[0]] and seen[corners[1]]):
+            errors.append(math.nan)
+            continue
+        normaliser = math.dist(true[corners[0]], true[corners[1]])
+        distances = [math.dist(true[i], guessed[i]) for i in points]
+        errors.append(sum(distances) / len(distances) / normaliser)
+    return errors
+
+
+@pytest.mark.parametrize(
+    ("scheme", "corners", "inner", "chosen"),
+    [
+        (IBUG_68, [36, 45], False, range(68)),
+        (IBUG_68, [36, 45], True, range(17, 68)),
+        (KAGGLE_15, [3, 5], False, range(15)),
+        (KAGGLE_15, [3, 5], True, range(15)),
+    ],
+)
+def test_errors_agree_with_a_loop(
+    scheme: Scheme, corners: list[int], inner: bool, chosen: range
+) -> None:
+    rng = np.random.default_rng(3)
+    truth = rng.random((40, scheme.size, 2)).astype(np.float32)
+    guess = truth + rng.normal(0, 0.03, truth.shape).astype(np.float32)
+    visible = rng.random((40, scheme.size)) < 0.8
+    visible[:20, corners] = True
+    # What is predicted for an invisible point, and its stored 0, are nobody's business.
+    truth[~visible], guess[~visible] = 0, 99
+    visible[0, chosen[0] :] = False
+    found = interocular_errors(truth, guess, visible, scheme, inner)
+    expected = loop_errors(truth, guess, visible, corners, chosen)
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    assert found.dtype == np.float64
+    assert np.isnan(found[0]) and np.isfinite(found[1:20]).all() and np.isnan(found).sum() > 5
+
+
+def test_error_has_no_unit() -> None:
+    rng = np.random.default_rng(4)
+    truth, guess = rng.random((2, 3, 15, 2))
+    visible = np.ones((3, 15), bool)
+    once = interocular_errors(truth, guess, visible, KAGGLE_15, inner=False)
+    scaled = interocular_errors(truth * 96, guess * 96, visible, KAGGLE_15, inner=False)
+    np.testing.assert_allclose(once, scaled)
+
+
+def test_eyes_on_one_spot_give_no_error() -> None:
+    truth = np.zeros((1, 15, 2))
+    found = interocular_errors(truth, truth + 1, np.ones((1, 15), bool), KAGGLE_15, inner=False)
+    assert np.isnan(found).all()
+
+
+def test_summary_agrees_with_the_integrated_curve() -> None:
+    rng = np.random.default_rng(5)
+    errors, inner = rng.gamma(3, 0.02, 500), rng.gamma(2, 0.02, 500)
+    found = landmark_metrics(errors, inner, np.ones(500))
+    levels = np.linspace(0, 0.10, 20001)
+    curve = [(errors <= level).mean() for level in levels]
+    assert found["auc10"] == pytest.approx(np.trapezoid(curve, levels) / 0.10, abs=1e-4)
+    assert found["fr10"] == pytest.approx(1 - curve[-1])
+    assert 0 < found["fr10"] < 0.5
+    assert found["nme_interocular_68"] == pytest.approx(sum(errors) / 500)
+    assert found["nme_interocular_51"] == pytest.approx(sum(inner) / 500)
+
+
+def test_extremes_and_the_bound_itself() -> None:
+    def metrics(*errors: float) -> dict[str, float]:
+        values = np.array(errors)
+        return {
+            k: float(v) for k, v in landmark_metrics(values, values, np.ones(len(values))).items()
+        }
+
+    assert metrics(0.0) == {
+        "nme_interocular_68": 0, "nme_interocular_51": 0, "fr10": 0, "auc10": 1
+    }  # fmt: skip
+    assert metrics(5.0)["fr10"] == 1 and metrics(5.0)["auc10"] == 0
+    assert metrics(0.10)["fr10"] == 0  # a failure exceeds the bound
+    assert metrics(0.05)["auc10"] == pytest.approx(0.5)
+
+
+def test_resamples_of_landmarks() -> None:
+    rng = np.random.default_rng(6)
+    errors = rng.gamma(3, 0.02, 50)
+    draws = rng.integers(0, 50, (4, 50))
+    weights = np.stack([np.bincount(row, minlength=50) for row in draws])
+    together = landmark_metrics(errors, errors * 2, weights)
+    for row, drawn in enumerate(draws):
+        alone = landmark_metrics(errors[drawn], errors[drawn] * 2, np.ones(50))
+        for name, value in alone.items():
+            assert together[name].shape == (4,)
+            np.testing.assert_allclose(together[name][row], value, err_msg=name)
