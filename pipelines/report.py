@@ -1,14 +1,23 @@
-"""Stage `report`: what came of the run, as one table on the screen and in `reports/report/`."""
+"""Stage `report`: what came of the run, as one table on the screen and in `reports/report/`.
 
+With `--publish DIR --command "…"` it also writes a page to keep in git: the table, all figures as
+JSON, the curves as small pictures, what each stage cost, the data's checksums, the code's commit
+and the machine. No picture of a person is among them.
+"""
+
+import argparse
 import json
+import platform
 from pathlib import Path
+from shutil import copyfile
 from typing import Any
 
 import pandas as pd
 from rich.console import Console
 from rich.table import Table
 
-from pipelines.cli import run, whole_folder
+from pipelines import tracking
+from pipelines.cli import COSTS, GrimaceError, run, whole_folder
 from pipelines.verify import DECIDES
 
 COLUMNS = ("task", "what", "runs in", "metric", "95 % interval", "size", "latency", "verdict")
@@ -16,11 +25,74 @@ COLUMNS = ("task", "what", "runs in", "metric", "95 % interval", "size", "latenc
 
 def main() -> None:
     """Collect both tasks' results."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--publish", type=Path, help="folder for the page, as docs/results/default")
+    parser.add_argument("--command", help="the command that made these results, to be quoted")
+    args = parser.parse_args()
+    if args.publish and not args.command:
+        parser.error("--publish needs --command: a figure without its command is not reproducible")
     rows = [row for task in DECIDES for row in task_rows(task)]
     with whole_folder(Path("reports/report")) as out:
         (out / "results.md").write_text(markdown(rows))
         pd.DataFrame(rows, columns=COLUMNS).to_csv(out / "results.csv", index=False)
     show(rows)
+    if args.publish:
+        with whole_folder(args.publish) as out:
+            publish(rows, args.command, out)
+
+
+def publish(rows: list[tuple[str, ...]], command: str, out: Path) -> None:
+    """Write README.md, results.json and the plots of both tasks."""
+    everything: dict[str, Any] = {"command": command, "machine": machine(), "costs": costs()}
+    pictures = []
+    for task in DECIDES:
+        verify = Path("reports/verify", task)
+        everything[task] = {
+            "select": _read(f"reports/select/{task}.json"),
+            **{path.stem: _read(path) for path in sorted(verify.glob("*.json"))},
+            "validation": {
+                path.parent.name: _read(path)
+                for path in sorted(Path("reports/evaluate", task).glob("*/scores.json"))
+            },
+        }
+        for path in [
+            *sorted(Path("runs", task).glob("*/history.png")),
+            *sorted(Path("reports/evaluate", task).glob("*/c*.png")),
+            *sorted(verify.glob("c*.png")),
+        ]:
+            side = "test" if path.parent == verify else path.parent.name
+            pictures.append(f"{task}-{side}-{path.name}")
+            copyfile(path, out / pictures[-1])
+    downloads = sorted(Path("reports/download").glob("*.json"))
+    everything["data"] = {path.stem: _read(path) for path in downloads}
+    (out / "results.json").write_text(json.dumps(everything, indent=2) + "\n")
+    cost_rows = [(c["command"], f"{c['seconds']:.0f} s", f"{c['peak_mib']} MiB") for c in costs()]
+    facts = "".join(f"- {name}: {value}\n" for name, value in everything["machine"].items())
+    (out / "README.md").write_text(
+        f"# Results\n\nWritten by `python -m pipelines.report --publish`, after\n\n"
+        f"```\n{command}\n```\n\n{markdown(rows)}\n## Where\n\n{facts}\n"
+        f"## What each stage took\n\n{markdown(cost_rows, ('stage', 'time', 'peak memory'))}\n"
+        f"## Curves\n\n" + "".join(f"![{name}]({name})\n" for name in pictures)
+    )
+
+
+def machine() -> dict[str, str]:
+    """Describe the machine and the software of this run."""
+    info = Path("/proc/cpuinfo").read_text()
+    names = [line.split(":")[1].strip() for line in info.splitlines() if "model name" in line]
+    facts = tracking.provenance(Path("data/augment/emotion"))
+    kept = {k.removeprefix("grimace."): v for k, v in facts.items() if "data_version" not in k}
+    return {"processor": names[0] if names else platform.processor(), **kept}
+
+
+def costs() -> list[dict[str, Any]]:
+    """Return the last cost noted of every stage, in the order they ran."""
+    if not COSTS.exists():
+        raise GrimaceError(f"{COSTS} is missing: run `dvc repro` before publishing")
+    last = {row["command"]: row for row in map(json.loads, COSTS.read_text().splitlines())}
+    return [row for row in last.values() if "--publish" not in row["command"]]
 
 
 def task_rows(task: str) -> list[tuple[str, ...]]:
@@ -59,9 +131,9 @@ def task_rows(task: str) -> list[tuple[str, ...]]:
     return rows
 
 
-def markdown(rows: list[tuple[str, ...]]) -> str:
+def markdown(rows: list[tuple[str, ...]], columns: tuple[str, ...] = COLUMNS) -> str:
     """Format rows as a Markdown table."""
-    lines = [COLUMNS, tuple("---" for _ in COLUMNS), *rows]
+    lines = [columns, tuple("---" for _ in columns), *rows]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
