@@ -68,7 +68,9 @@ def publish(rows: list[tuple[str, ...]], command: str, out: Path) -> None:
     downloads = sorted(Path("reports/download").glob("*.json"))
     everything["data"] = {path.stem: _read(path) for path in downloads}
     (out / "results.json").write_text(json.dumps(everything, indent=2) + "\n")
-    cost_rows = [(c["command"], f"{c['seconds']:.0f} s", f"{c['peak_mib']} MiB") for c in costs()]
+    cost_rows: list[tuple[str, ...]] = [
+        (c["command"], f"{c['seconds']:.0f} s", f"{c['peak_mib']} MiB") for c in costs()
+    ]
     facts = "".join(f"- {name}: {value}\n" for name, value in everything["machine"].items())
     (out / "README.md").write_text(
         f"# Results\n\nWritten by `python -m pipelines.report --publish`, after\n\n"
