@@ -3,7 +3,7 @@
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from tempfile import TemporaryFile
 from typing import IO
 
@@ -41,16 +41,20 @@ def failure(what: str, said: str) -> str:
 
 @contextmanager
 def _redirected(output: IO[bytes]) -> Iterator[None]:
-    """Send file descriptors 1 and 2 to `output`: libraries write to them past `sys.stdout`."""
-    streams = (sys.stdout, sys.stderr)
-    saved = os.dup(1), os.dup(2)
-    for stream, place in zip(streams, (1, 2), strict=True):
-        stream.flush()
+    """Send Python's streams and the descriptors 1 and 2, which libraries use, to `output`."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    saved = {place: os.dup(place) for place in (1, 2)}
+    for place in saved:
         os.dup2(output.fileno(), place)
     try:
-        yield
+        with (
+            open(output.fileno(), "w", buffering=1, closefd=False) as text,
+            redirect_stdout(text),
+            redirect_stderr(text),
+        ):
+            yield
     finally:
-        for stream, place, original in zip(streams, (1, 2), saved, strict=True):
-            stream.flush()
+        for place, original in saved.items():
             os.dup2(original, place)
             os.close(original)

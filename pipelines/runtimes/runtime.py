@@ -57,7 +57,8 @@ class Runtime:
             )
         outputs = np.empty((len(images), *self.output_shape), np.float32)
         starts = range(0, len(images), self.batch_size)
-        for start in tqdm(starts, desc=self.name, unit="batch", delay=3, leave=False):
+        progress = tqdm(starts, self.name, unit="batch", delay=3, leave=False, disable=None)
+        for start in progress:
             batch = slice(start, start + self.batch_size)
             outputs[batch] = self.run(np.ascontiguousarray(images[batch], np.float32))
         return outputs

