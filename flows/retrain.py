@@ -8,35 +8,38 @@ import argparse
 import os
 import re
 import signal
+import socket
 import sys
+import threading
 import time
 from collections import Counter, deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from graphlib import TopologicalSorter
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any, Literal, NamedTuple, get_args
 
-from flows.supervise import Lifeline, Outcome, supervise, tie_children
-from pipelines.cli import QUIET_ENVIRONMENT, GrimaceError, run
+from flows.supervise import Lifeline, Outcome, supervise
+from pipelines.cli import GrimaceError, run
 
-for name, value in {
-    **QUIET_ENVIRONMENT,
-    # A busy machine takes its time to start the temporary server.
-    "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
-}.items():
-    os.environ.setdefault(name, value)
+# A busy machine takes its time to start a server; Prefect reads this when imported.
+SERVER_START_SECONDS = 120
+os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", str(SERVER_START_SECONDS))
 
 import httpx  # noqa: E402
-from prefect import flow, get_client, get_run_logger, runtime, task  # noqa: E402
+from prefect import flow, get_run_logger, runtime, task  # noqa: E402
 from prefect.artifacts import create_markdown_artifact  # noqa: E402
 from prefect.cache_policies import NO_CACHE  # noqa: E402
 from prefect.client.orchestration import SyncPrefectClient  # noqa: E402
 from prefect.client.schemas.objects import TaskRun  # noqa: E402
 from prefect.context import FlowRunContext  # noqa: E402
+from prefect.events.worker import EventsWorker  # noqa: E402
 from prefect.exceptions import PrefectHTTPStatusError  # noqa: E402
 from prefect.futures import PrefectFuture  # noqa: E402
+from prefect.logging.handlers import APILogWorker  # noqa: E402
+from prefect.settings import PREFECT_API_URL, temporary_settings  # noqa: E402
 from prefect.states import Cancelled, Completed, Failed, State  # noqa: E402
 
 RESULTS = Path("reports/report/results.md")
@@ -87,14 +90,59 @@ def main() -> None:
         raise GrimaceError(f"--workers {arguments.workers}: at least 1 stage has to run at a time.")
     stage_graph(arguments.targets)
 
-    # Without this SIGTERM would end us at once and leave Prefect's temporary server behind.
+    # Left to itself SIGTERM would end us on the spot, without a word to Prefect.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    with get_client(sync_client=True):
-        tie_children()
-    state = retrain(arguments.targets, arguments.workers, return_state=True)
+    with prefect_server():
+        state = retrain(arguments.targets, arguments.workers, return_state=True)
     if not state.is_completed():
         raise GrimaceError((state.message or f"the run ended as {state.name}").splitlines()[0])
     print(state.message)
+
+
+@contextmanager
+def prefect_server() -> Iterator[None]:
+    """Use the server that PREFECT_API_URL names, or run a temporary one for the block.
+
+    Prefect would start one by itself, but among the processes of this terminal: Ctrl-C would
+    end it before us (who then call it in vain for two minutes), and SIGKILL would leave it
+    running for ever.
+    """
+    if PREFECT_API_URL.value():
+        yield
+        return
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    url = f"http://127.0.0.1:{port}/api"
+    command = [sys.executable, "-m", "prefect", "server", "start", "--no-ui"]
+    said: deque[str] = deque(maxlen=SHOWN_LINES)
+    with Lifeline() as lifeline:
+        server = threading.Thread(
+            target=supervise,
+            args=([*command, "--host", "127.0.0.1", "--port", str(port)], lifeline, said.append),
+        )
+        server.start()
+        print("starting a temporary Prefect server", file=sys.stderr)
+        give_up = time.monotonic() + SERVER_START_SECONDS
+        while not answers(url):
+            if not server.is_alive() or time.monotonic() > give_up:
+                raise GrimaceError(f"no Prefect server could be started: {' '.join(said)}")
+            time.sleep(0.3)
+        with temporary_settings({PREFECT_API_URL: url}):
+            try:
+                yield
+            finally:
+                # What is still on its way to the server has to arrive before that goes.
+                APILogWorker.drain_all(timeout=5)
+                EventsWorker.drain_all(timeout=5)
+
+
+def answers(url: str) -> bool:
+    """Whether a Prefect server is up at this address."""
+    try:
+        return httpx.get(f"{url}/health", timeout=5).is_success
+    except httpx.HTTPError:
+        return False
 
 
 @flow(name="retrain")
@@ -265,8 +313,7 @@ def prefect_state(stage: str, outcome: Outcome, seconds: float) -> State[StageRu
             data=StageRun(stage, "cancelled", seconds),
         )
     if outcome.reason != "ok":
-        message = failure(stage, outcome)
-        return Failed(message=message, data=StageRun(stage, "failed", seconds, message))
+        return Failed(message=failure(stage, outcome), data=StageRun(stage, "failed", seconds))
     if f"Stage '{stage}' didn't change, skipping" in outcome.lines:
         return Completed(name="Unchanged", data=StageRun(stage, "unchanged", seconds))
     if any(line.startswith(f"Stage '{stage}' is cached") for line in outcome.lines):
@@ -297,9 +344,9 @@ def stage_run(stage: str, state: State[Any]) -> StageRun:
     if state.name == "NotReady":
         return StageRun(stage, "skipped", 0.0)
     result = state.result(raise_on_failure=False)
-    if isinstance(result, StageRun):
-        return result
-    return StageRun(stage, "failed", 0.0, f"stage {stage!r}: {state.message}")
+    if not isinstance(result, StageRun):  # an exception that nobody foresaw
+        return StageRun(stage, "failed", 0.0, f"stage {stage!r}: {state.message}")
+    return result._replace(message=state.message or "") if result.state == "failed" else result
 
 
 def publish(runs: list[StageRun]) -> None:

@@ -97,7 +97,19 @@ def supervise(
         env: the whole environment of the command; that of this process by default.
     """
     tail: deque[str] = deque(maxlen=TAIL_LINES)
-    with start_supervisor("run", lifeline, command, env) as process:
+    held = lifeline.held_by_supervisors
+    # -P: the folder of this file is no place to import from. A session of its own: Ctrl-C in
+    # the terminal reaches this process alone, which then decides.
+    with subprocess.Popen(
+        [sys.executable, "-P", __file__, str(held), *command],
+        bufsize=0,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        pass_fds=[held],
+        env=env,
+        start_new_session=True,
+    ) as process:
         assert process.stdout is not None
         try:
             for line in terminal_lines(decoded(process.stdout)):
@@ -112,46 +124,6 @@ def supervise(
     if lifeline.is_cut():
         return Outcome("cancelled", abs(code), list(tail))
     return Outcome("killed" if code < 0 else "failed", abs(code), list(tail))
-
-
-def tie_children() -> None:
-    """Let the processes that this one has started so far end with it, however it ends.
-
-    For children that other libraries start and stop politely, but not after SIGKILL.
-    """
-    children = psutil.Process().children()
-    if children:
-        lifeline = Lifeline()
-        UNTIL_THE_END.append(lifeline)
-        guard = start_supervisor("tie", lifeline, [str(child.pid) for child in children])
-        assert guard.stdout is not None
-        guard.stdout.readline()  # it knows them now; later their numbers may be another's
-        UNTIL_THE_END.append(guard)
-
-
-UNTIL_THE_END: list[object] = []
-
-
-def start_supervisor(
-    task: Literal["run", "tie"],
-    lifeline: Lifeline,
-    arguments: Sequence[str],
-    env: Mapping[str, str] | None = None,
-) -> subprocess.Popen[bytes]:
-    """Start this file as a script, holding on to the lifeline."""
-    held = lifeline.held_by_supervisors
-    # -P: the folder of this file is no place to import from. A session of its own: Ctrl-C in
-    # the terminal reaches this process alone, which then decides.
-    return subprocess.Popen(
-        [sys.executable, "-P", __file__, task, str(held), *arguments],
-        bufsize=0,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        pass_fds=[held],
-        env=env,
-        start_new_session=True,
-    )
 
 
 def decoded(stream: IO[bytes]) -> Iterator[str]:
@@ -193,18 +165,13 @@ ESCAPE_CODE = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]")
 
 
 def main() -> None:
-    """`run LIFELINE COMMAND…` or `tie LIFELINE PID…`, as `start_supervisor` puts it."""
-    task, lifeline, *arguments = sys.argv[1:]
-    if task == "run":
-        run_command(int(lifeline), arguments)
-    else:
-        end_tied(int(lifeline), [int(pid) for pid in arguments])
+    """`supervise.py LIFELINE COMMAND…`: run the command, end it when the lifeline breaks.
 
-
-def run_command(lifeline: int, command: list[str]) -> None:
-    """Run the command, end it when the lifeline breaks, then end as it did."""
+    Ends as the command does: with its exit code, or by the signal that it died of.
+    """
+    lifeline, command = int(sys.argv[1]), sys.argv[2:]
     adopt_orphans()
-    signal.signal(signal.SIGTERM, lambda *_: end(descendants))
+    signal.signal(signal.SIGTERM, lambda *_: end_descendants())
     try:
         child = subprocess.Popen(command)
     except OSError as error:
@@ -212,32 +179,17 @@ def run_command(lifeline: int, command: list[str]) -> None:
 
     def wait_for_break() -> None:
         os.read(lifeline, 1)
-        end(descendants)
+        end_descendants()
 
     threading.Thread(target=wait_for_break, daemon=True).start()
     code = child.wait()
-    end(descendants)
+    end_descendants()
     with suppress(ChildProcessError):
         while True:
             os.waitpid(-1, 0)  # adopted ones, dead by now
     if code < 0:
         die_of(-code)
     sys.exit(code)
-
-
-def end_tied(lifeline: int, pids: list[int]) -> None:
-    """When the lifeline breaks, end these processes and all that are under them by then."""
-    tied = []
-    for pid in pids:
-        with suppress(psutil.NoSuchProcess):
-            tied.append(psutil.Process(pid))
-    print("ready", flush=True)
-    os.read(lifeline, 1)
-    family = tied.copy()
-    for process in tied:
-        with suppress(psutil.NoSuchProcess):
-            family += process.children(recursive=True)
-    end(lambda: [process for process in family if is_alive(process)])
 
 
 def adopt_orphans() -> None:
@@ -261,18 +213,16 @@ def is_alive(process: psutil.Process) -> bool:
         return False
 
 
-def end(alive: Callable[[], list[psutil.Process]]) -> None:
-    """SIGTERM to all that are `alive`, SIGKILL to those that still are after the grace."""
+def end_descendants() -> None:
+    """SIGTERM to all of them, SIGKILL to those that are still there after the grace."""
     kill_at = time.monotonic() + GRACE_SECONDS
     asked: set[psutil.Process] = set()
-    while processes := alive():
+    while processes := descendants():
         late = time.monotonic() >= kill_at
         for process in processes:
             if late or process not in asked:
-                try:
+                with suppress(psutil.NoSuchProcess):
                     process.send_signal(signal.SIGKILL if late else signal.SIGTERM)
-                except psutil.NoSuchProcess:
-                    continue
                 asked.add(process)
         time.sleep(0.05)
 

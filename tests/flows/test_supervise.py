@@ -139,22 +139,6 @@ def test_the_command_dies_with_this_process(end: signal.Signals, thread: str) ->
     parent.wait()
 
 
-@pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGTERM])
-def test_tied_children_die_with_this_process(end: signal.Signals) -> None:
-    parent = run_script(
-        "import subprocess, time\nfrom pathlib import Path\nfrom flows.supervise import *\n"
-        f"subprocess.Popen(['sh', '-c', {POLITE.replace('pids', 'theirs')!r}])\n"
-        "while not Path('theirs').exists(): time.sleep(0.05)\n"
-        "tie_children()\nPath('theirs').rename('pids')\ntime.sleep(300)"
-    )
-    pids = written_pids()
-    everyone = [child.pid for child in psutil.Process(parent.pid).children(recursive=True)]
-    assert set(everyone) >= set(pids)
-    os.kill(parent.pid, end)
-    assert_gone([*everyone, parent.pid])
-    parent.wait()
-
-
 def run_script(script: str) -> subprocess.Popen[bytes]:
     return subprocess.Popen(
         [sys.executable, "-c", script],
