@@ -12,7 +12,7 @@ By itself it measures any model file on any dataset's archive (or part of one):
 The model may be a .keras, .tflite or .onnx file or a TF.js folder (run in headless Chromium where
 there is one, else in Node; the output says which). Sides follow the dataset's protocol: FER-2013's
 own, people apart for YTF. Every readable labelled example counts, duplicates too; rows that cannot
-be used are counted under "unusable" with their reasons.
+be used are counted under "unusable" with their reasons, on every side where a row has lost its own.
 """
 
 import argparse
@@ -60,8 +60,10 @@ def main() -> None:
         context = {"model": str(args.model), "runtime": model.name}
     scores |= context | {"dataset": args.dataset, "split": args.split, "unusable": faces.unusable}
     if args.plots:
-        with whole_folder(args.plots) as out:
-            write_plots(faces, outputs, params.evaluate, out, f"{args.model.name}, {args.split}")
+        # Not `whole_folder`: what else the user keeps in that folder stays.
+        args.plots.mkdir(parents=True, exist_ok=True)
+        title = f"{args.model.name}, {args.split}"
+        write_plots(faces, outputs, params.evaluate, args.plots, title)
     text = json.dumps(scores, indent=2)
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
@@ -88,6 +90,8 @@ def _arguments() -> argparse.Namespace:
             parser.error("give either --job, or --model and --dataset (and --archive)")
         if not args.archive and args.dataset != GENERATED:
             parser.error(f"--archive is needed for {args.dataset}")
+        if args.archive and args.dataset == GENERATED:
+            parser.error(f"{GENERATED} faces are drawn, not read: leave --archive out")
     return args
 
 
@@ -175,9 +179,10 @@ def faces_of_archive(
 
     def of_side() -> Iterator[Example]:
         for row in rows:
+            lost = row.defect and not (row.official_split or row.person)
             side = row.official_split or side_of(row.person or row.id, params.split)
-            found[side] += 1
-            if split in (side, "all"):
+            found["unknown" if lost else side] += 1
+            if lost or split in (side, "all"):
                 yield row
 
     size, _, channels = model.input_shape
@@ -250,7 +255,16 @@ def measure(faces: Faces, outputs: np.ndarray, settings: Evaluate) -> dict[str, 
 
     Returns:
         Ready for JSON; fractions, not per cent. `ci95` holds [low, high] by metric.
+
+    Raises:
+        GrimaceError: an answer is not finite: left out or taken for a class it would flatter.
     """
+    finite = np.isfinite(outputs.reshape(len(outputs), -1)).all(1)
+    if not finite.all():
+        raise GrimaceError(
+            f"the model answers with NaN or infinity on {(~finite).sum()} of {len(finite)} faces "
+            f"(first: {faces.ids[~finite][0]}); train or export it again"
+        )
     if faces.emotions is not None:
         return _measure_emotion(faces.emotions, faces.groups, outputs, settings)
     return _measure_landmarks(faces, outputs, settings)
@@ -263,7 +277,8 @@ def _measure_emotion(
     answers = outputs.argmax(-1)
 
     def statistic(weights: np.ndarray) -> dict[str, np.ndarray]:
-        return emotion_metrics(confusion(truth, answers, weights, len(EMOTIONS)))
+        counts = confusion(truth, answers, weights, len(EMOTIONS))
+        return emotion_metrics(counts.astype(np.float64))
 
     figures = statistic(np.ones(len(truth)))
     counts = np.bincount(truth, minlength=len(EMOTIONS))
