@@ -6,6 +6,7 @@ the winner's lead over each other model on the same resamples of the same faces.
 
 import argparse
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from shutil import copyfile
 from typing import Any
@@ -28,7 +29,8 @@ def main() -> None:
     params = load_params()
     settings = params.select.named(task)
 
-    ranking = rank(read_scores(task), settings)
+    models = [job.model for job in params.train.jobs.values() if job.task == task]
+    ranking = rank(read_scores(task, models), settings)
     winner = str(ranking.iloc[0]["model"])
     faces = faces_of_shards(task, params.tasks.named(task))
     outputs = {
@@ -55,12 +57,19 @@ def main() -> None:
     print(ranking.to_string(index=False))
 
 
-def read_scores(task: str) -> dict[str, dict[str, Any]]:
-    """Read what `evaluate` wrote of each model of a task."""
-    found = sorted(Path("reports/evaluate", task).glob("*/scores.json"))
+def read_scores(task: str, models: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """Read what `evaluate` wrote of a task's models.
+
+    Only of those named: a model that left params.yaml keeps its report, from data as it was then.
+    """
+    paths = {name: Path("reports/evaluate", task, name, "scores.json") for name in sorted(models)}
+    found = {name: json.loads(path.read_text()) for name, path in paths.items() if path.exists()}
     if not found:
-        raise GrimaceError(f"reports/evaluate/{task} holds no scores; run `dvc repro evaluate`")
-    return {path.parent.name: json.loads(path.read_text()) for path in found}
+        raise GrimaceError(
+            f"reports/evaluate/{task} holds no scores of {', '.join(paths)}; run "
+            "`dvc repro evaluate`"
+        )
+    return found
 
 
 def rank(scores: dict[str, dict[str, Any]], settings: SelectTask) -> pd.DataFrame:
