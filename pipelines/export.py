@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from models.schemes import IBUG_68
+from models.schemes import SCHEMES
 from pipelines import tracking
 from pipelines.cli import run, whole_folder
 from pipelines.exporters import tensorrt, tfjs, tflite
@@ -74,7 +74,7 @@ def describe(bundle: Path, target: str, meta: dict[str, Any], model_sha256: str)
             "shape": [meta["points"], 2],
             "meaning": "x, y in [0, 1] of the crop, x to the right, y down",
             "scheme": meta["scheme"],
-            "mirror": list(IBUG_68.mirror),
+            "mirror": list(SCHEMES[meta["points"]].mirror),
         }
     )
     return {
