@@ -8,9 +8,8 @@ say so.
 """
 
 import argparse
-import hashlib
 import json
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -22,6 +21,8 @@ from pipelines.params import Params, TaskName, Verify, load_params
 from pipelines.runtimes import load
 
 DECIDES = {"emotion": "accuracy", "landmarks": "nme_interocular_68"}
+BUNDLES = ("tflite", "tfjs", "tensorrt")
+FILES = (".tflite", ".onnx", ".engine")  # a TF.js model is a folder
 
 
 def main() -> None:
@@ -42,25 +43,28 @@ def verify(task: TaskName, params: Params) -> None:
     test = measure(faces, reference, params.evaluate) | {"split": "test"}
     print(f"candidate: {headline(test)}")
 
-    numerics, perf, gates = {}, {}, []
+    digest = tracking.sha256(candidate)
+    numerics, perf, gates, engines = {}, {}, [], {}
     for name, path in deployables(Path("deploy", task)).items():
         try:
-            check_manifest(path)
+            check_manifest(path, digest)
+            if path.suffix == ".engine":
+                engines[path.name] = path.stat().st_size
+                continue
             numerics[name], perf[name] = try_out(path, faces, reference, test, params)
             gates.append(judge(task, name, numerics[name], test, params.verify))
             print(f"{name}: {headline(numerics[name])}, {perf[name]['p50_ms']:.2f} ms")
-        except GrimaceError as error:
-            gates.append(
-                {"name": name, "value": None, "bound": None, "passed": False, "why": str(error)}
-            )
-    engines = sorted(Path("deploy", task, "tensorrt").glob("*.engine"))
+        # Whatever a runtime raises: what could not be measured has failed, and the others go on.
+        except Exception as error:
+            why = " ".join(str(error).split()) or type(error).__name__
+            gates.append({"name": name, "value": None, "bound": None, "passed": False, "why": why})
     blessed = bool(gates) and all(gate["passed"] for gate in gates)
     blessing = {
         "task": task,
         "blessed": blessed,
-        "model_sha256": tracking.sha256(candidate),
+        "model_sha256": digest,
         "gates": gates,
-        "built_but_not_run": {path.name: path.stat().st_size for path in engines},
+        "built_but_not_run": engines,
     }
     out = Path("reports/verify", task)
     with whole_folder(out) as partial:
@@ -93,35 +97,62 @@ def verify(task: TaskName, params: Params) -> None:
 
 
 def deployables(folder: Path) -> dict[str, Path]:
-    """Find what a runtime can open, by a name such as "tflite/int8"."""
-    found = [
-        *folder.glob("tflite/*.tflite"),
-        *(path.parent for path in folder.glob("tfjs/*/model.json")),
-        *folder.glob("tensorrt/*.onnx"),
-    ]
-    if not found:
-        raise GrimaceError(f"{folder} holds no deployable; run `dvc repro export`")
-    return {f"{path.parent.name}/{path.stem}": path for path in sorted(found)}
+    """Find what the bundles hold or should hold, by a name such as "tflite/int8".
+
+    What a manifest lists is named even where it is gone, and an empty or absent bundle by its
+    manifest, so that nothing passes by not being there.
+    """
+    if not folder.is_dir():
+        raise GrimaceError(f"{folder} is missing; run `dvc repro export`")
+    found = {}
+    for bundle in (folder / name for name in BUNDLES):
+        try:
+            listed = [PurePosixPath(name).parts[0] for name in read_manifest(bundle)[0]]
+        except GrimaceError:
+            listed = []  # `check_manifest` will say so of each part
+        parts = {*listed, *(path.name for path in bundle.glob("*"))} - {"manifest.json"}
+        for path in (bundle / part for part in sorted(parts)):
+            label = path.stem if path.suffix in FILES else path.name
+            found[f"{bundle.name}/{label}"] = path
+        if not parts:
+            found[bundle.name] = bundle / "manifest.json"
+    return found
 
 
-def check_manifest(path: Path) -> None:
+def read_manifest(bundle: Path) -> tuple[dict[str, str], str]:
+    """Return the SHA-256 of each file of a bundle, and of the model it was made from.
+
+    Raises:
+        GrimaceError: the manifest is missing or damaged.
+    """
+    path = bundle / "manifest.json"
+    try:
+        manifest = json.loads(path.read_text())
+        files = {file["path"]: file["sha256"] for file in manifest["files"]}
+        return files, manifest["source"]["model_sha256"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise GrimaceError(f"{path} is missing or damaged ({error!r}); export again") from None
+
+
+def check_manifest(path: Path, model_sha256: str) -> None:
     """Compare a deployable's files with the bundle's manifest.
 
     Raises:
-        GrimaceError: a file is missing, of other bytes, or not listed.
+        GrimaceError: a file is missing, of other bytes, or not listed; the manifest is damaged,
+            or is of a bundle made from another model than the one with this SHA-256.
     """
     bundle = path.parent
-    manifest = json.loads((bundle / "manifest.json").read_text())
-    listed = {file["path"]: file["sha256"] for file in manifest["files"]}
-    files = sorted(path.rglob("*")) if path.is_dir() else [path]
-    for file in files:
+    listed, source = read_manifest(bundle)
+    if source != model_sha256:
+        raise GrimaceError(f"{bundle} was made from another model; run `dvc repro export`")
+    wanted = [bundle / name for name in listed if PurePosixPath(name).parts[0] == path.name]
+    for file in wanted:
+        if not file.is_file():
+            raise GrimaceError(f"{file} is in the manifest but not there")
+    for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
         name = file.relative_to(bundle).as_posix()
-        if listed.get(name) != hashlib.sha256(file.read_bytes()).hexdigest():
+        if file.is_file() and listed.get(name) != tracking.sha256(file):
             raise GrimaceError(f"{file}: its bytes are not those of {bundle}/manifest.json")
-    prefix = f"{path.name}/" if path.is_dir() else path.name
-    missing = [n for n in listed if n.startswith(prefix) and not (bundle / n).exists()]
-    if missing:
-        raise GrimaceError(f"{bundle / missing[0]} is in the manifest but not there")
 
 
 def try_out(
@@ -161,7 +192,8 @@ def judge(
 ) -> dict[str, Any]:
     """Return the gate of one deployable: what it lost, and what it was allowed to lose."""
     bound = settings.accuracy_points if task == "emotion" else settings.nme_relative
-    passed = bool(scores["n"] == test["n"] and scores["loss"] <= bound)
+    # A loss of just the bound must not fail over the last bit: 0.71 - 0.70 is above 0.01.
+    passed = bool(scores["n"] == test["n"] and scores["loss"] <= bound + 1e-9)
     unit = "points of accuracy" if task == "emotion" else "of the float32 NME"
     lost = f"{scores['loss']:.2f}" if task == "emotion" else f"{scores['loss']:.2%}"
     allowed = f"{bound:.2f}" if task == "emotion" else f"{bound:.2%}"
