@@ -33,6 +33,11 @@ def main() -> None:
     args = parser.parse_args()
     if args.publish and not args.command:
         parser.error("--publish needs --command: a figure without its command is not reproducible")
+    if args.publish and args.publish.exists() and not (args.publish / "results.json").exists():
+        raise GrimaceError(
+            f"{args.publish} would be replaced, and it holds no page of earlier results: name a "
+            "folder of its own for the page"
+        )
     rows = [row for task in DECIDES for row in task_rows(task)]
     with whole_folder(Path("reports/report")) as out:
         (out / "results.md").write_text(markdown(rows))
@@ -94,7 +99,9 @@ def costs() -> list[dict[str, Any]]:
     if not COSTS.exists():
         raise GrimaceError(f"{COSTS} is missing: run `dvc repro` before publishing")
     last = {row["command"]: row for row in map(json.loads, COSTS.read_text().splitlines())}
-    return [row for row in last.values() if "--publish" not in row["command"]]
+    # Not this stage's own page, nor models and archives that somebody measured by hand.
+    by_hand = {"--publish", "--model"}
+    return [row for row in last.values() if not by_hand & set(row["command"].split())]
 
 
 def task_rows(task: str) -> list[tuple[str, ...]]:
@@ -163,7 +170,10 @@ def _mib(size: int) -> str:
 
 
 def _read(path: str | Path) -> Any:
-    return json.loads(Path(path).read_text())
+    try:
+        return json.loads(Path(path).read_text())
+    except FileNotFoundError:
+        raise GrimaceError(f"{path} is missing; run `dvc repro verify` first") from None
 
 
 if __name__ == "__main__":
