@@ -434,12 +434,12 @@ def _action_units(emotion: str, rng: np.random.Generator) -> np.ndarray:
     """Draw activations for one face, (units, 2), image-left and image-right, 0 to about 1.3."""
     ways = _EXPRESSIONS[emotion]
     way = ways[rng.integers(len(ways))]
-    intensity = rng.uniform(0.5, 1.1)
+    intensity = rng.uniform(0.65, 1.15)
     base = np.array([way.get(unit, 0.0) for unit in _UNITS])
-    base *= intensity * rng.uniform(0.5, 1.3, len(_UNITS))
+    base *= intensity * rng.uniform(0.6, 1.3, len(_UNITS))
     # Faces never rest entirely, and people talk whatever they feel.
-    base += np.clip(rng.normal(-0.05, 0.2, len(_UNITS)), 0, None)
-    if rng.random() < 0.12:
+    base += np.clip(rng.normal(-0.05, 0.15, len(_UNITS)), 0, None)
+    if rng.random() < 0.1:
         base[_UNITS.index("lips_part")] += rng.uniform(0.2, 0.8)
         base[_UNITS.index("jaw_drop")] += rng.uniform(0.0, 0.35)
     sides = base[:, None] * rng.normal(1.0, 0.12, (len(_UNITS), 2)) * rng.normal(1.0, 0.07, 2)
