@@ -107,7 +107,7 @@ POLICIES = {
     "RotateInsideOut": transform("Rotate", limit=[90, 180], border_mode=1),
     "SafeRotate": transform("SafeRotate", limit=[-30, 30], border_mode=1),
     "CropAndPad": transform("CropAndPad", percent=[-0.1, 0.1], keep_size=True, border_mode=1),
-    "Perspective": transform("Perspective", scale=[0.05, 0.1], border_mode=1),
+    "Perspective": transform("Perspective", scale=[0.03, 0.08], border_mode=1),
     "Affine": transform(
         "Affine", scale=[0.8, 1.2], rotate=[-20, 20], shear=[-10, 10], border_mode=1
     ),
@@ -456,8 +456,8 @@ def main():
     params = load_params()
     clean = Path("data/clean/synthetic")
     index = usable(clean, Path("data/split/synthetic/index.parquet"), "emotion")
-    settings = params.augment.emotion.model_copy(update={"views": 60})
-    job = Job("emotion", params.tasks.emotion, settings, 1, clean, Path("tiny"))
+    task = params.tasks.emotion.model_copy(update={"size": 128})  # 131 kB a view
+    job = Job("emotion", task, params.augment.emotion, 1, clean, Path("tiny"))
     write_shards(job, index, workers=1)
 
 if __name__ == "__main__":
