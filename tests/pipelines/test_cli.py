@@ -1,4 +1,5 @@
 import errno
+import json
 import os
 import shutil
 import signal
@@ -36,11 +37,22 @@ def test_an_error_is_one_line_and_exit_code_1(tmp_path: Path) -> None:
     assert result.stdout == ""
 
 
-def test_success_says_what_it_cost(capsys: pytest.CaptureFixture[str]) -> None:
+def test_success_says_and_notes_what_it_cost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
     run(lambda: print("done"))
     captured = capsys.readouterr()
     assert captured.out == "done\n"
     assert captured.err.startswith("took ")
+    assert list(tmp_path.iterdir()) == []  # no reports, nothing to add to
+
+    Path("reports").mkdir()
+    for _ in range(2):
+        run(lambda: None)
+    rows = [json.loads(line) for line in Path("reports/costs.jsonl").read_text().splitlines()]
+    assert len(rows) == 2
+    assert rows[0]["seconds"] > 0 and rows[0]["peak_mib"] > 0
 
 
 def test_a_bug_keeps_its_traceback() -> None:
