@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import resource
 import sys
 import time
@@ -53,7 +54,7 @@ def _tell_costs() -> None:
     kinds = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
     peak = max(resource.getrusage(kind).ru_maxrss for kind in kinds) / 1024
     print(f"took {seconds:.1f} s, peak memory {peak:.0f} MiB", file=sys.stderr)
-    if COSTS.parent.is_dir():
+    if "DVC_STAGE" in os.environ and COSTS.parent.is_dir():  # a stage of the graph, not by hand
         module = sys.modules["__main__"].__spec__
         row = {
             "command": " ".join([module.name if module else sys.argv[0], *sys.argv[1:]]),

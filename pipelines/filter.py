@@ -23,6 +23,7 @@ import pandas as pd
 from models.schemes import EMOTIONS
 from pipelines.cli import GrimaceError, run, whole_folder
 from pipelines.crops import UnreadableImageError, decode
+from pipelines.datasets.builder import count as number_of_examples
 from pipelines.datasets.builder import read
 from pipelines.datasets.example import Example
 from pipelines.datasets.table import write_examples
@@ -67,6 +68,8 @@ def main() -> None:
     with whole_folder(Path("data/clean", args.dataset)) as clean:
         kept = (example for example in read(raw) if example.id not in dropped)
         count = write_examples(kept, clean)
+        if count + len(findings) != number_of_examples(raw):
+            raise GrimaceError(f"{raw}: kept and dropped do not add up; its ids are not unique")
         if not count:
             first = findings[0]
             raise GrimaceError(

@@ -4,10 +4,6 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
 
 
@@ -31,6 +27,8 @@ def contact_sheet(
         more_points: likewise in red; predicted ones.
         columns: pictures in a row.
     """
+    import matplotlib.pyplot as plt
+
     rows = max(1, math.ceil(len(images) / columns))
     figure, axes = plt.subplots(
         rows, columns, figsize=(columns * 1.5, rows * 1.75 + 0.4), squeeze=False, dpi=80

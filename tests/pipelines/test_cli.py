@@ -48,6 +48,9 @@ def test_success_says_and_notes_what_it_cost(
     assert list(tmp_path.iterdir()) == []  # no reports, nothing to add to
 
     Path("reports").mkdir()
+    run(lambda: None)
+    assert list(Path("reports").iterdir()) == []  # by hand, not by DVC
+    monkeypatch.setenv("DVC_STAGE", "split@synthetic")
     for _ in range(2):
         run(lambda: None)
     rows = [json.loads(line) for line in Path("reports/costs.jsonl").read_text().splitlines()]

@@ -127,8 +127,6 @@ def costs(copy) -> Path:
     rows = [
         {"command": "pipelines.train --job emotion-plain", "seconds": 99.0, "peak_mib": 10},
         {"command": "pipelines.export --task emotion", "seconds": 7.0, "peak_mib": 20},
-        {"command": "pipelines.evaluate --model /home/me/m.onnx", "seconds": 1.0, "peak_mib": 30},
-        {"command": "pipelines.report --publish page", "seconds": 1.0, "peak_mib": 40},
         {"command": "pipelines.train --job emotion-plain", "seconds": 55.0, "peak_mib": 50},
     ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -144,7 +142,6 @@ def test_the_page_has_everything_but_faces(copy):
     assert "uv run dvc repro" in text
     assert "| pipelines.train --job emotion-plain | 55 s | 50 MiB |" in text
     assert "99 s" not in text  # an earlier run of the same
-    assert "/home/me" not in text + (page / "results.json").read_text()
     everything = json.loads((page / "results.json").read_text())
     assert everything["emotion"]["blessing"]["blessed"] is True
     assert everything["landmarks"]["validation"].keys() == {"plain", "residual"}
