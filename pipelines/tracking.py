@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from pipelines.cli import GrimaceError
 from pipelines.params import Tracking
 
 if TYPE_CHECKING:
@@ -30,16 +31,22 @@ def connect(settings: Tracking, task: str) -> "mlflow.MlflowClient":
 
     The environment's MLFLOW_TRACKING_URI has precedence over params.yaml. Runs in a local sqlite
     file keep their artefacts in `mlartifacts/` beside it; a server decides for itself.
+
+    Raises:
+        GrimaceError: the store does not answer, or its experiment was deleted.
     """
     import mlflow
+    from mlflow.exceptions import MlflowException
 
-    uri = os.environ.get("MLFLOW_TRACKING_URI", settings.uri)
-    mlflow.set_tracking_uri(uri)
-    name = f"grimace-{task}"
-    if mlflow.get_experiment_by_name(name) is None:
-        place = Path("mlartifacts").absolute().as_uri() if uri.startswith("sqlite") else None
-        mlflow.create_experiment(name, artifact_location=place)
-    mlflow.set_experiment(name)
+    uri = os.environ.get("MLFLOW_TRACKING_URI") or settings.uri
+    try:
+        mlflow.set_tracking_uri(uri)
+        _use_experiment(f"grimace-{task}", _artefacts_beside(uri))
+    except MlflowException as error:
+        raise GrimaceError(
+            f"MLflow at {uri}: {error}. The address is tracking.uri of params.yaml, or "
+            "MLFLOW_TRACKING_URI where that is set."
+        ) from None
     return mlflow.MlflowClient()
 
 
@@ -54,7 +61,8 @@ def training_run(
         task: "emotion" or "landmarks".
         name: shown in the UI.
         tags: searchable facts.
-        memory: a file that remembers the run's id between attempts.
+        memory: a file that remembers the run's id between attempts; a run that was deleted since
+            then is not opened again.
     """
     import mlflow
 
@@ -130,14 +138,34 @@ def flat(values: dict[str, Any], prefix: str = "") -> dict[str, float]:
     return result
 
 
+def _artefacts_beside(uri: str) -> str | None:
+    """Return where a local store's artefacts go; None leaves it to the server."""
+    if not uri.startswith("sqlite:///"):
+        return None
+    return (Path(uri.removeprefix("sqlite:///")).absolute().parent / "mlartifacts").as_uri()
+
+
+def _use_experiment(name: str, place: str | None) -> None:
+    import mlflow
+    from mlflow.exceptions import MlflowException
+
+    if mlflow.get_experiment_by_name(name) is None:
+        try:
+            mlflow.create_experiment(name, artifact_location=place)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":  # by a stage beside this one
+                raise
+    mlflow.set_experiment(name)
+
+
 def _exists(client: "mlflow.MlflowClient", run_id: str) -> bool:
     from mlflow.exceptions import MlflowException
 
     try:
-        client.get_run(run_id)
+        run = client.get_run(run_id)
     except MlflowException:
         return False
-    return True
+    return bool(run.info.lifecycle_stage == "active")  # a deleted run cannot be opened again
 
 
 def _git(*arguments: str) -> str:
