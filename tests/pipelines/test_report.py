@@ -126,6 +126,7 @@ def costs(copy) -> Path:
     path = copy.root / COSTS
     rows = [
         {"command": "pipelines.train --job emotion-plain", "seconds": 99.0, "peak_mib": 10},
+        {"command": "pipelines.exporters.tfjs /home/me/m.keras", "seconds": 5.0, "peak_mib": 30},
         {"command": "pipelines.export --task emotion", "seconds": 7.0, "peak_mib": 20},
         {"command": "pipelines.train --job emotion-plain", "seconds": 55.0, "peak_mib": 50},
     ]
@@ -142,6 +143,7 @@ def test_the_page_has_everything_but_faces(copy):
     assert "uv run dvc repro" in text
     assert "| pipelines.train --job emotion-plain | 55 s | 50 MiB |" in text
     assert "99 s" not in text  # an earlier run of the same
+    assert "/home/me" not in text + (page / "results.json").read_text()
     everything = json.loads((page / "results.json").read_text())
     assert everything["emotion"]["blessing"]["blessed"] is True
     assert everything["landmarks"]["validation"].keys() == {"plain", "residual"}
