@@ -154,10 +154,16 @@ def faces_of_shards(name: TaskName, task: Task) -> Faces:
     )
 
 
-def faces_of_side(name: TaskName, task: Task, side: str) -> Faces:
-    """Load one side of the task's clean dataset, cropped as in deployment."""
+def faces_of_side(name: TaskName, task: Task, side: str, limit: int | None = None) -> Faces:
+    """Load one side of the task's clean dataset, cropped as in deployment.
+
+    With `limit`, only so many of its examples, evenly spaced over the side.
+    """
     index = pd.read_parquet(Path("data/split", task.dataset, "index.parquet"))
-    wanted = set(index.loc[index["split"] == side, "id"])
+    ids = index.loc[index["split"] == side, "id"].to_numpy()
+    if limit is not None and limit < len(ids):
+        ids = ids[np.linspace(0, len(ids) - 1, limit).astype(int)]
+    wanted = set(ids)
     rows = (row for row in read_examples(Path("data/clean", task.dataset)) if row.id in wanted)
     return crop_all(rows, name, task)
 

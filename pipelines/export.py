@@ -1,7 +1,7 @@
 """Stage `export`: turn a task's candidate into bundles for TFLite, TF.js and TensorRT.
 
 Each bundle carries a manifest: what the files are and their SHA-256, what goes in and comes out,
-and how a face becomes an input. Quantisation is calibrated on training images only.
+and how a face becomes an input. Quantisation is calibrated on training faces only, cropped as in deployment.
 """
 
 import argparse
@@ -14,9 +14,10 @@ import numpy as np
 from models.schemes import SCHEMES
 from pipelines import tracking
 from pipelines.cli import run, whole_folder
+from pipelines.evaluate import faces_of_side
 from pipelines.exporters import tensorrt, tfjs, tflite
 from pipelines.params import load_params
-from pipelines.shards import read_meta, read_view
+from pipelines.shards import read_meta
 
 TARGETS = {"tflite": tflite.export, "tfjs": tfjs.export, "tensorrt": tensorrt.export}
 
@@ -26,9 +27,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--task", required=True, choices=("emotion", "landmarks"))
     task = parser.parse_args().task
-    settings = load_params().export
+    params = load_params()
+    settings = params.export
     model, shards = Path("deploy/candidate", f"{task}.keras"), Path("data/augment", task)
-    calibration = calibration_images(shards, settings.calibration)
+    # As they will come, not augmented: a brightness or a rotation that deployment hardly sees
+    # widens the ranges, and int8 then spends its 256 steps on them.
+    faces = faces_of_side(task, params.tasks.named(task), "train", limit=settings.calibration)
+    calibration = faces.images.astype(np.float32)
 
     with whole_folder(Path("deploy", task)) as out:
         for target, export in TARGETS.items():
@@ -42,17 +47,6 @@ def main() -> None:
             (bundle / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
             size = sum(file["bytes"] for file in manifest["files"]) / 2**20
             print(f"deploy/{task}/{target}: {len(manifest['files'])} files, {size:.1f} MiB")
-
-
-def calibration_images(shards: Path, count: int) -> np.ndarray:
-    """Take evenly spaced images of the train side's first view.
-
-    Returns:
-        float32 (count or fewer, S, S, C), 0 to 255.
-    """
-    images = read_view(shards, "train").images
-    rows = np.unique(np.linspace(0, len(images) - 1, count).astype(int))
-    return images[rows].astype(np.float32)
 
 
 def describe(bundle: Path, target: str, meta: dict[str, Any], model_sha256: str) -> dict[str, Any]:

@@ -1,13 +1,16 @@
 import hashlib
 import json
-import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import pytest
 
 from models.schemes import EMOTIONS, IBUG_68
 from pipelines import export
+from pipelines.evaluate import faces_of_side
 from pipelines.runtimes import load
 
 FILES = {
@@ -73,13 +76,7 @@ def test_a_scheme_of_fewer_points_has_its_own_mirror(tmp_path):
     assert len(output["mirror"]) == 15
 
 
-def test_calibration_sees_training_images_only(exported, tmp_path, monkeypatch):
-    """The whole stage, but for the converters, on a machine that has no other side."""
-    shards = tmp_path / "data" / "augment" / "emotion"
-    shutil.copytree(exported.root / "data" / "augment" / "emotion", shards)
-    shutil.rmtree(shards / "val")
-    shutil.copytree(exported.root / "deploy" / "candidate", tmp_path / "deploy" / "candidate")
-    shutil.copy(exported.root / "params.yaml", tmp_path)
+def test_calibration_sees_training_faces_only_as_deployment_crops_them(exported, monkeypatch):
     seen = []
 
     def record(model: Path, bundle: Path, calibration: np.ndarray, *_: object) -> None:
@@ -88,22 +85,35 @@ def test_calibration_sees_training_images_only(exported, tmp_path, monkeypatch):
 
     monkeypatch.setattr(export, "TARGETS", dict.fromkeys(FILES, record))
     monkeypatch.setattr(export.tensorrt, "export", record)
-    type(exported)(tmp_path, exported.params, []).call(export.main, "--task", "emotion")
+    monkeypatch.setattr(export, "whole_folder", lambda _: scratch_folder(exported.root))
+    exported.call(export.main, "--task", "emotion")
 
-    train = np.load(shards / "train" / "images-00.npy")
+    monkeypatch.chdir(exported.root)
+    task = exported.params.tasks.emotion
+    train = faces_of_side("emotion", task, "train").images
+    others = [faces_of_side("emotion", task, side).images for side in ("val", "test")]
     assert len(seen) == 3
     for calibration in seen:
         assert calibration.dtype == np.float32
         assert calibration.shape == (exported.params.export.calibration, *train.shape[1:])
-        rows = [np.flatnonzero((train == image).all((1, 2, 3)))[0] for image in calibration]
-        assert rows == sorted(rows)
-        assert (rows[0], rows[-1]) == (0, len(train) - 1)  # from one end to the other
-        assert max(np.diff(rows)) <= np.ceil(len(train) / len(rows))
-    manifests = sorted((tmp_path / "deploy" / "emotion").glob("*/manifest.json"))
-    assert [json.loads(path.read_text())["files"][0]["path"] for path in manifests] == ["file"] * 3
+        assert all((train == image).all((1, 2, 3)).any() for image in calibration)
+        assert not any(
+            (other == image).all((1, 2, 3)).any() for other in others for image in calibration
+        )
 
 
-def test_fewer_images_than_asked_for_are_all_taken(exported):
-    shards = exported.root / "data" / "augment" / "landmarks"
-    train = np.load(shards / "train" / "images-00.npy")
-    np.testing.assert_array_equal(export.calibration_images(shards, 10_000), train)
+@contextmanager
+def scratch_folder(root: Path) -> Iterator[Path]:
+    with TemporaryDirectory(dir=root) as folder:
+        yield Path(folder)
+
+
+def test_fewer_faces_than_asked_for_are_all_taken(exported, monkeypatch):
+    monkeypatch.chdir(exported.root)
+    task = exported.params.tasks.landmarks
+    whole = faces_of_side("landmarks", task, "train")
+    np.testing.assert_array_equal(
+        faces_of_side("landmarks", task, "train", limit=10_000).ids, whole.ids
+    )
+    few = faces_of_side("landmarks", task, "train", limit=5)
+    assert len(few.ids) == 5 and set(few.ids) <= set(whole.ids)
