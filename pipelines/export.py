@@ -1,7 +1,8 @@
 """Stage `export`: turn a task's candidate into bundles for TFLite, TF.js and TensorRT.
 
 Each bundle carries a manifest: what the files are and their SHA-256, what goes in and comes out,
-and how a face becomes an input. Quantisation is calibrated on training faces only, cropped as in deployment.
+and how a face becomes an input. Quantisation is calibrated on training faces only, cropped as in
+deployment.
 """
 
 import argparse

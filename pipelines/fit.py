@@ -28,6 +28,7 @@ from pipelines.cli import GrimaceError, run
 from pipelines.shards import View, read_meta, read_view
 
 WARM_UP = 0.05  # share of all steps
+BEST = "best.weights.h5"  # of the epoch that did best so far, in the checkpoint
 
 
 @dataclass(frozen=True)
@@ -112,17 +113,19 @@ def fit(
     steps = math.ceil(meta["counts"]["train"] / job.batch)
     resumed = _resume(job, checkpoint)
     model, history = resumed or (_compiled(job, meta, steps), [])
-    if not resumed:
-        checkpoint.mkdir(parents=True, exist_ok=True)
-        (checkpoint / "job.json").write_text(json.dumps(asdict(job), indent=2) + "\n")
+    checkpoint.mkdir(parents=True, exist_ok=True)
+    if not resumed:  # its files are about to be overwritten
+        (checkpoint / "state.json").unlink(missing_ok=True)
 
     for epoch in range(len(history), job.epochs):
         start = time.perf_counter()
         view = read_view(shards, "train", epoch % meta["views"])
         order = np.random.default_rng([job.seed, epoch]).permutation(len(view.ids))
         print(f"epoch {epoch + 1}/{job.epochs}", flush=True)
+        _seed_dropout(model, job.seed, epoch * steps)
         trained = model.fit(
             Batches(view, job.batch, order),
+            shuffle=False,  # else Keras draws the batches' order again, from a global generator
             callbacks=[keras.callbacks.TerminateOnNaN()],
             verbose=1 if sys.stdout.isatty() else 0,
         )
@@ -134,12 +137,12 @@ def fit(
         row["images_per_second"] = round(len(view.ids) / seconds, 1)
         print("  " + ", ".join(f"{name} {value:.4f}" for name, value in row.items()), flush=True)
         history.append(row)
+        on_epoch(epoch, row)  # before the state: killed in between, it is told twice, never not
         _save_state(model, history, checkpoint, job)
-        on_epoch(epoch, row)
 
     keras.mixed_precision.set_global_policy("float32")
     final = build(job, meta)
-    final.load_weights(checkpoint / "best.weights.h5")
+    final.load_weights(checkpoint / BEST)
     out.mkdir(parents=True, exist_ok=True)
     final.save(out / "model.keras")
     _write_history(history, out / "history.csv")
@@ -218,12 +221,21 @@ def _spare_from_decay(optimizer: keras.optimizers.Optimizer) -> None:
     optimizer.exclude_from_weight_decay(var_names=["gamma", "beta", "bias"])
 
 
+def _seed_dropout(model: keras.Model, seed: int, step: int) -> None:
+    """Draw the masks that this step always has; Keras does not save where it had got to."""
+    for layer in model.layers:
+        if isinstance(layer, keras.layers.Dropout):
+            layer.seed_generator.state.assign([seed, step])
+
+
 def _resume(job: Job, checkpoint: Path) -> tuple[keras.Model, list[dict[str, float]]] | None:
     """Return the model and history a checkpoint of this very job holds, if there is one."""
     state = checkpoint / "state.json"
-    if not state.exists() or read_job(checkpoint / "job.json") != job:
+    saved = json.loads(state.read_text()) if state.exists() else {}
+    if saved.get("job") != _as_json(job):
         return None
-    saved = json.loads(state.read_text())
+    if not all((checkpoint / name).exists() for name in (saved["model"], BEST)):
+        return None  # killed while it was being removed
     model = keras.models.load_model(checkpoint / saved["model"])
     _spare_from_decay(model.optimizer)
     print(f"resumed after epoch {len(saved['history'])} of {job.epochs}", flush=True)
@@ -236,15 +248,19 @@ def _save_state(
     """Save model and history so that a kill between any two writes leaves a whole state."""
     if best_epoch(history, job.task) == len(history) - 1:
         model.save_weights(checkpoint / "partial.weights.h5")
-        (checkpoint / "partial.weights.h5").replace(checkpoint / "best.weights.h5")
+        (checkpoint / "partial.weights.h5").replace(checkpoint / BEST)
     name = f"epoch-{len(history):04d}.keras"
     model.save(checkpoint / name)
     partial = checkpoint / "state.json.partial"
-    partial.write_text(json.dumps({"model": name, "history": history}))
+    partial.write_text(json.dumps({"job": _as_json(job), "model": name, "history": history}))
     partial.replace(checkpoint / "state.json")
     for old in checkpoint.glob("epoch-*.keras"):
         if old.name != name:
             old.unlink()
+
+
+def _as_json(job: Job) -> dict[str, Any]:
+    return {**asdict(job), "widths": list(job.widths)}
 
 
 def _refuse_nan(row: dict[str, float], epoch: int, job: Job, checkpoint: Path) -> None:

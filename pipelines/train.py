@@ -36,6 +36,8 @@ def main() -> None:
         raise GrimaceError(f"train.jobs has no {args.job!r}; it has {names}")
     settings = params.train.jobs[args.job]
     shards = args.shards or Path("data/augment", settings.task)
+    if not (shards / "meta.json").exists():
+        raise GrimaceError(f"{shards} holds no shards; run `uv run dvc repro augment`")
     out = args.out or Path("runs", settings.task, settings.model)
     train(args.job, params, shards, out)
 
