@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import keras
 from keras import layers
 
-from models.backbones import BACKBONES
+from models.backbones import BACKBONES, MOMENTUM
 
 
 def build(
@@ -32,7 +32,7 @@ def build(
     x = layers.Rescaling(1 / 127.5, offset=-1)(inputs)
     x = BACKBONES[model](x, widths, stem_stride=max(1, size // 48))
     x = layers.Conv2D(32, 1, use_bias=False)(x)
-    x = layers.BatchNormalization()(x)
+    x = layers.BatchNormalization(momentum=MOMENTUM)(x)
     x = layers.ReLU(max_value=6.0)(x)
     x = layers.Flatten()(x)
     if dropout:
