@@ -1,3 +1,4 @@
+import signal
 from collections.abc import Iterator
 
 import pytest
@@ -13,3 +14,9 @@ def prefect_server() -> Iterator[str]:
 
     with prefect_test_harness(server_startup_timeout=120):
         yield PREFECT_API_URL.value()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _heeded_interrupt() -> None:
+    """A shell starts background jobs deaf to Ctrl-C, and the programs under test inherit that."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
