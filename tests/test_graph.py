@@ -53,10 +53,12 @@ def first_run(workspace):
 
 
 def dvc(folder, *arguments, **environment):
+    # MLflow leaves the store of an earlier test in this process's environment.
+    inherited = {name: text for name, text in os.environ.items() if "MLFLOW" not in name}
     return subprocess.run(
         [sys.executable, "-m", "dvc", *arguments],
         cwd=folder,
-        env=os.environ
+        env=inherited
         | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
         | {"COLUMNS": "150", **environment},
         capture_output=True,
