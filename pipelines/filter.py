@@ -4,7 +4,7 @@ Checks, in this order, the first that fires giving the reason:
   defect      the source's own row is unusable (said by the dataset's builder)
   unreadable  the picture does not decode
   blank       its grey levels hardly vary
-  duplicate   its pixels equal those of an example that is kept
+  exact_duplicate  its pixels equal those of an example that is kept
 Of equal pictures the one in the official test split stays, else validation, else training; else
 the one with the smallest id. So a training copy of a test image leaves, never the other way.
 """
@@ -14,43 +14,24 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from models.schemes import EMOTIONS
+from pipelines.checks import Finding
 from pipelines.cli import GrimaceError, run, whole_folder
 from pipelines.crops import UnreadableImageError, decode
 from pipelines.datasets.builder import count as number_of_examples
 from pipelines.datasets.builder import read
 from pipelines.datasets.example import Example
 from pipelines.datasets.table import write_examples
-from pipelines.params import Filter, load_params
+from pipelines.params import Checks, load_params
 from pipelines.sheets import contact_sheet
 
 SPLIT_PRIORITY = {"test": 0, "val": 1, "train": 2, "": 3}
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One reason to act on one example.
-
-    Attributes:
-        id: the example.
-        check: the check that fired.
-        score, threshold: what was measured and the bound it crossed; NaN where a check has none.
-        action: "drop".
-        evidence: in words, with the id of the kept twin for a duplicate.
-    """
-
-    id: str
-    check: str
-    score: float
-    threshold: float
-    action: str
-    evidence: str
 
 
 def main() -> None:
@@ -60,7 +41,7 @@ def main() -> None:
     )
     parser.add_argument("--dataset", required=True, help="a dataset that `download` has fetched")
     args = parser.parse_args()
-    params = load_params().filter
+    params = load_params().filter.checks_of(args.dataset)
     raw = Path("data/raw", args.dataset)
 
     findings = audit(read(raw), params)
@@ -83,7 +64,7 @@ def main() -> None:
     print(json.dumps(summary, indent=2))
 
 
-def audit(examples: Iterable[Example], params: Filter) -> list[Finding]:
+def audit(examples: Iterable[Example], params: Checks) -> list[Finding]:
     """Judge every example; memory grows with the number of examples, not with their pictures.
 
     Returns:
@@ -97,18 +78,18 @@ def audit(examples: Iterable[Example], params: Filter) -> list[Finding]:
         finding, digest = _judge(example, params)
         if finding:
             findings[example.id] = finding
-        elif params.exact_duplicates:
+        elif params.exact_duplicate.action != "off":
             rank = SPLIT_PRIORITY[example.official_split]
             twins.setdefault(digest, []).append((rank, example.id))
     for group in twins.values():
         (_, kept), *others = sorted(group)
         for _, other in others:
             evidence = f"same pixels as {kept}, which is kept"
-            findings[other] = Finding(other, "duplicate", 1.0, 1.0, "drop", evidence)
+            findings[other] = Finding(other, "exact_duplicate", 1.0, 1.0, "drop", evidence)
     return [findings[id] for id in order if id in findings]
 
 
-def _judge(example: Example, params: Filter) -> tuple[Finding | None, bytes]:
+def _judge(example: Example, params: Checks) -> tuple[Finding | None, bytes]:
     """Return the finding that one example gives by itself, and a digest of its pixels."""
     nan = float("nan")
     if example.defect:
@@ -118,9 +99,9 @@ def _judge(example: Example, params: Filter) -> tuple[Finding | None, bytes]:
     except UnreadableImageError as error:
         return Finding(example.id, "unreadable", nan, nan, "drop", str(error)), b""
     spread = float(pixels.std(axis=(0, 1)).max())
-    if spread < params.blank_std:
+    if spread < params.blank.std:
         evidence = f"grey levels vary by {spread:.2f} of 255"
-        bound = params.blank_std
+        bound = params.blank.std
         return Finding(example.id, "blank", spread, bound, "drop", evidence), b""
     return None, hashlib.sha256(repr(pixels.shape).encode() + pixels.tobytes()).digest()
 

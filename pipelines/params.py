@@ -12,7 +12,15 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PositiveInt,
+    ValidationError,
+    create_model,
+    model_validator,
+)
 
 from pipelines.cli import GrimaceError, run
 
@@ -101,14 +109,16 @@ class ArchiveSource(_Section):
     """Where an archive comes from.
 
     Attributes:
-        archive: file name looked for in `GRIMACE_ARCHIVES`, then in `data/archives/`.
-        url: where it can be fetched without a person, or null.
+        archive: file or folder name looked for in `GRIMACE_ARCHIVES`, then in `data/archives/`.
+        kaggle: where Kaggle's client finds it, "OWNER/DATASET" or "competitions/NAME", or null.
+        url: where it can be fetched over HTTP without a person, or null.
         page: where a person gets it.
         sha256: sums of known versions of the archive.
         require_known: refuse an archive whose sum is not listed, rather than warn.
     """
 
     archive: str
+    kaggle: Annotated[str, Field(pattern="^[^/]+/[^/]+$")] | None = None
     url: str | None
     page: str
     sha256: tuple[Annotated[str, Field(pattern="^[0-9a-f]{64}$")], ...]
@@ -121,19 +131,152 @@ class Download(_Section):
     synthetic: SyntheticSource
     fer2013: ArchiveSource
     ytf_keypoints: ArchiveSource
+    kaggle_keypoints: ArchiveSource
+    affectnet: ArchiveSource
+    the300w_lp: ArchiveSource
+    aflw2k3d: ArchiveSource
+    folder: ArchiveSource
+
+
+Action = Literal["off", "drop", "flag", "weight"]
+
+
+class Check(_Section):
+    """One check of `filter`.
+
+    Attributes:
+        action: "off": not run. "drop": the example leaves. "flag": it is only listed. "weight":
+            training heeds it by `weight`. What a source has put into its official val or test
+            split is not dropped for an opinion (of a detector, a shape model, a classifier), only
+            flagged: else the test would grow easier.
+        weight: for the action "weight"; 0 keeps it out of training, but not out of val and test.
+    """
+
+    action: Action
+    weight: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.5
+
+
+class Blank(Check):
+    """Grey levels (0-255) vary less than the standard deviation `std`."""
+
+    std: NonNegative
+
+
+class NearDuplicate(Check):
+    """Perceptual hashes (64 bits) differ in at most `distance` bits, and the pictures correlate.
+
+    Attributes:
+        distance: Hamming distance that makes a pair worth comparing.
+        correlation: of their small versions, best over small shifts, from which they are copies.
+    """
+
+    distance: Annotated[int, Field(ge=0, le=32)]
+    correlation: Share
+
+
+class Below(Check):
+    """The score is less than `threshold`; each check says what its score is."""
+
+    threshold: float
+
+
+class Above(Check):
+    """The score is more than `threshold`; each check says what its score is."""
+
+    threshold: float
+
+
+class NoFace(Check):
+    """Fewer than `votes` of the `detectors` see a face."""
+
+    detectors: Annotated[tuple[Literal["haar", "blazeface"], ...], Field(min_length=1)]
+    votes: PositiveInt
+
+    @model_validator(mode="after")
+    def _votes_can_be_cast(self) -> Self:
+        if self.votes > len(set(self.detectors)):
+            raise ValueError(f"{self.votes} votes, but {len(set(self.detectors))} detectors")
+        return self
+
+
+class Mislabelled(Check):
+    """Confident learning (Northcutt et al. 2021) on out-of-fold predictions.
+
+    Attributes:
+        estimator: "linear" (histogram of gradients, logistic regression: seconds) or "network" (a
+            small convolutional network: minutes).
+        folds: the predictions on each come from a model trained on the others.
+        epochs: of the network.
+        threshold: label quality (the predicted probability of the given label, 0-1) below which
+            a label that confident learning singles out is a finding.
+    """
+
+    estimator: Literal["linear", "network"]
+    folds: Annotated[int, Field(ge=2, le=20)]
+    epochs: PositiveInt
+    threshold: Fraction
+
+
+class Checks(_Section):
+    """Every check of `filter`, in the order in which they give the reason for a drop."""
+
+    defect: Check
+    unreadable: Check
+    blank: Blank
+    exact_duplicate: Check
+    label_conflict: Check
+    near_duplicate: NearDuplicate
+    no_face: NoFace
+    dark: Below
+    bright: Above
+    low_information: Below
+    blurred: Below
+    small_face: Below
+    cut_off: Above
+    landmarks_outside: Above
+    landmarks_folded: Check
+    landmarks_mirrored: Check
+    landmarks_implausible: Above
+    mislabelled: Mislabelled
+
+
+# The same checks, each optional.
+CheckOverrides: type[_Section] = create_model(
+    "CheckOverrides",
+    __base__=_Section,
+    **{name: (field.annotation | None, None) for name, field in Checks.model_fields.items()},  # type: ignore[call-overload, operator]
+)
 
 
 class Filter(_Section):
-    """What `filter` drops.
+    """The audit of every dataset.
 
     Attributes:
-        blank_std: an image whose grey levels (0-255) vary less than this standard deviation is
-            blank.
-        exact_duplicates: drop images with the same pixels as one that is kept.
+        workers: processes; 0 for every core. The result does not depend on it.
+        pictures: whether the report shows any.
+        checks: for every dataset.
+        overrides: by dataset, checks that replace the above there.
+        restore: by dataset, ids that stay whatever a check says.
     """
 
-    blank_std: NonNegative
-    exact_duplicates: bool
+    workers: Annotated[int, Field(ge=0)]
+    pictures: bool
+    checks: Checks
+    overrides: dict[str, CheckOverrides]  # type: ignore[valid-type]
+    restore: dict[str, tuple[str, ...]]
+
+    @model_validator(mode="after")
+    def _datasets_are_known(self) -> Self:
+        for key in ("overrides", "restore"):
+            if unknown := getattr(self, key).keys() - Download.model_fields.keys():
+                raise ValueError(f"{key} names unknown datasets: {', '.join(sorted(unknown))}")
+        return self
+
+    def checks_of(self, dataset: str) -> Checks:
+        """Return the checks as they hold for one dataset."""
+        overrides = self.overrides.get(dataset)
+        changed = {name: check for name, check in (overrides or ()) if check is not None}
+        return self.checks.model_copy(update=changed)
 
 
 class Split(_Section):
@@ -181,6 +324,12 @@ class AugmentTask(_Section):
     jitter_shift: Fraction
     jitter_scale: Annotated[float, Field(ge=0.0, lt=1.0)]
     policy: tuple[Transform, ...]
+
+
+class Cluster(_Section):
+    """Where `filter` and `augment` fan out: the `address` of a Ray cluster, or null for here."""
+
+    address: str | None
 
 
 class Augment(_Section):
@@ -312,6 +461,7 @@ class Params(_Section):
 
     tasks: Tasks
     tracking: Tracking
+    cluster: Cluster
     download: Download
     filter: Filter
     split: Split

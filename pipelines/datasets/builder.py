@@ -18,9 +18,12 @@ from tensorflow_datasets.core.writer import ExampleWriter
 from tensorflow_datasets.proto import tf_example_pb2
 
 from pipelines.cli import GrimaceError, whole_folder
-from pipelines.datasets.example import Box, Example
+from pipelines.datasets.example import Affect, Box, Example, Pose
 
 SPLIT = "faces"
+TEXTS = ("id", "label", "person", "official_split", "defect")
+# What `filter` adds later is no part of the raw data.
+FROM_SOURCE = [name for name in Example.__dataclass_fields__ if name not in ("cluster", "weight")]
 
 
 def write(folder: Path, examples: Iterable[Example], description: str) -> None:
@@ -69,7 +72,7 @@ def count(folder: Path) -> int:
 class FaceBuilder(tfds.core.GeneratorBasedBuilder):
     """A TFDS builder of labelled faces; its subclasses only add a name."""
 
-    VERSION = tfds.core.Version("1.0.0")
+    VERSION = tfds.core.Version("1.1.0")  # 1.1.0: label, pose and affect
 
     def __init__(
         self, *, examples: Iterable[Example] = (), description: str = "", **kwargs: Any
@@ -85,9 +88,13 @@ class FaceBuilder(tfds.core.GeneratorBasedBuilder):
                 # Raw bytes rather than a decoded image: unreadable ones reach `filter` too.
                 "image": tfds.features.Text(),
                 "emotion": tfds.features.Scalar(np.int64),
+                "label": tfds.features.Text(),
                 "landmarks": tfds.features.Tensor(shape=(None, 2), dtype=np.float32),
                 "visible": tfds.features.Tensor(shape=(None,), dtype=np.bool_),
-                "box": tfds.features.Tensor(shape=(None, 4), dtype=np.float32),  # none or one
+                # None or one row each.
+                "box": tfds.features.Tensor(shape=(None, 4), dtype=np.float32),
+                "pose": tfds.features.Tensor(shape=(None, 3), dtype=np.float32),
+                "affect": tfds.features.Tensor(shape=(None, 2), dtype=np.float32),
                 "person": tfds.features.Text(),
                 "official_split": tfds.features.Text(),
                 "defect": tfds.features.Text(),
@@ -121,8 +128,38 @@ class YtfKeypoints(FaceBuilder):
     """YouTube Faces frames with 68 landmarks."""
 
 
+class KaggleKeypoints(FaceBuilder):
+    """Kaggle's Facial Keypoints Detection, 15 points."""
+
+
+class Affectnet(FaceBuilder):
+    """AffectNet."""
+
+
+class The300wLp(FaceBuilder):
+    """300W-LP, 68 points in large poses."""
+
+
+class Aflw2k3d(FaceBuilder):
+    """AFLW2000-3D, for evaluation only."""
+
+
+class Folder(FaceBuilder):
+    """A user's own faces."""
+
+
 BUILDERS: dict[str, type[FaceBuilder]] = {
-    builder.name: builder for builder in (Synthetic, Fer2013, YtfKeypoints)
+    builder.name: builder
+    for builder in (
+        Synthetic,
+        Fer2013,
+        YtfKeypoints,
+        KaggleKeypoints,
+        Affectnet,
+        The300wLp,
+        Aflw2k3d,
+        Folder,
+    )
 }
 
 
@@ -145,19 +182,23 @@ def _open(folder: Path) -> tfds.core.DatasetBuilder:
 
 
 def _to_features(example: Example) -> dict[str, Any]:
-    features = {name: getattr(example, name) for name in Example.__dataclass_fields__}
-    box = np.array([example.box] if example.box else [], np.float32).reshape(-1, 4)
-    return features | {"box": box}
+    features = {name: getattr(example, name) for name in FROM_SOURCE}
+    optional: dict[str, Any] = {}
+    for name, width in (("box", 4), ("pose", 3), ("affect", 2)):
+        value = getattr(example, name)
+        optional[name] = np.array([value] if value else [], np.float32).reshape(-1, width)
+    return features | optional
 
 
 def _from_features(row: dict[str, Any]) -> Example:
-    texts = {name: row[name].decode() for name in ("id", "person", "official_split", "defect")}
-    box = Box(*row["box"][0].tolist()) if len(row["box"]) else None
+    texts = {name: row[name].decode() for name in TEXTS}
     return Example(
         image=cast(bytes, row["image"]),
         emotion=int(row["emotion"]),
         landmarks=row["landmarks"],
         visible=row["visible"],
-        box=box,
+        box=Box(*row["box"][0].tolist()) if len(row["box"]) else None,
+        pose=Pose(*row["pose"][0].tolist()) if len(row["pose"]) else None,
+        affect=Affect(*row["affect"][0].tolist()) if len(row["affect"]) else None,
         **texts,
     )

@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipelines.datasets.example import Box, Example
+from pipelines.datasets.example import Affect, Box, Example, Pose
 
 PART_ROWS = 512
 
@@ -17,11 +17,16 @@ SCHEMA = pa.schema(
         "id": pa.string(),
         "image": pa.binary(),
         "emotion": pa.int8(),
+        "label": pa.string(),
         "landmarks": pa.list_(pa.float32()),
         "visible": pa.list_(pa.bool_()),
         "box": pa.list_(pa.float32()),
+        "pose": pa.list_(pa.float32()),
+        "affect": pa.list_(pa.float32()),
         "person": pa.string(),
         "official_split": pa.string(),
+        "cluster": pa.string(),
+        "weight": pa.float32(),
     }
 )
 LABELS = [name for name in SCHEMA.names if name != "image"]
@@ -59,11 +64,16 @@ def read_examples(path: Path, images: bool = True) -> Iterator[Example]:
                 id=row["id"],
                 image=row.get("image", b""),
                 emotion=row["emotion"],
+                label=row["label"],
                 landmarks=np.asarray(row["landmarks"], np.float32).reshape(-1, 2),
                 visible=np.asarray(row["visible"], bool),
                 box=Box(*row["box"]) if row["box"] else None,
+                pose=Pose(*row["pose"]) if row["pose"] else None,
+                affect=Affect(*row["affect"]) if row["affect"] else None,
                 person=row["person"],
                 official_split=row["official_split"],
+                cluster=row["cluster"],
+                weight=row["weight"],
             )
 
 
@@ -72,9 +82,14 @@ def _row(example: Example) -> dict[str, object]:
         "id": example.id,
         "image": example.image,
         "emotion": example.emotion,
+        "label": example.label,
         "landmarks": example.landmarks.reshape(-1),
         "visible": example.visible,
-        "box": list(example.box) if example.box else [],
+        "box": list(example.box or ()),
+        "pose": list(example.pose or ()),
+        "affect": list(example.affect or ()),
         "person": example.person,
         "official_split": example.official_split,
+        "cluster": example.cluster,
+        "weight": example.weight,
     }
