@@ -274,9 +274,9 @@ class Filter(_Section):
 
     def checks_of(self, dataset: str) -> Checks:
         """Return the checks as they hold for one dataset."""
-        overrides = self.overrides.get(dataset)
-        changed = {name: check for name, check in (overrides or ()) if check is not None}
-        return self.checks.model_copy(update=changed)
+        changed = self.overrides.get(dataset)
+        names = [name for name in Checks.model_fields if getattr(changed, name, None) is not None]
+        return self.checks.model_copy(update={name: getattr(changed, name) for name in names})
 
 
 class Split(_Section):
