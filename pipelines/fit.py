@@ -170,28 +170,33 @@ class Batches(keras.utils.PyDataset):
     """One pass over a view, in a given order.
 
     Yields images float32 (B, S, S, C) in 0-255 with one-hot emotions float32 (B, 7), or with
-    landmarks and mask float32 (B, N, 3).
+    landmarks and mask float32 (B, N, 3); a third item, float32 (B,), weighs the loss of each
+    where the examples of the view do not all have weight 1. Metrics stay unweighted.
     """
 
     def __init__(self, view: View, batch: int, order: np.ndarray | None = None) -> None:
         super().__init__()
         self.view, self.batch = view, batch
+        self.weighted = bool((view.weights != 1).any())
         self.order = np.arange(len(view.ids)) if order is None else order
 
     def __len__(self) -> int:
         """Return the number of batches, the last of which may be short."""
         return math.ceil(len(self.order) / self.batch)
 
-    def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+    def __getitem__(self, index: int) -> tuple[np.ndarray, ...]:
         """Return a batch."""
         # Ascending rows read the memory map forwards; the order within a batch does not matter.
         rows = np.sort(self.order[index * self.batch : (index + 1) * self.batch])
-        images = self.view.images[rows].astype(np.float32)
+        batch = self.view.images[rows].astype(np.float32), self._labels(rows)
+        return (*batch, self.view.weights[rows]) if self.weighted else batch
+
+    def _labels(self, rows: np.ndarray) -> np.ndarray:
         if self.view.emotions is not None:
-            return images, np.eye(7, dtype=np.float32)[self.view.emotions[rows]]
+            return np.eye(7, dtype=np.float32)[self.view.emotions[rows]]
         assert self.view.landmarks is not None and self.view.visible is not None
         visible = self.view.visible[rows][..., None].astype(np.float32)
-        return images, np.concatenate([self.view.landmarks[rows], visible], -1)
+        return np.concatenate([self.view.landmarks[rows], visible], -1)
 
 
 def _compiled(job: Job, meta: dict[str, Any], steps: int) -> keras.Model:

@@ -1,7 +1,9 @@
 """What `augment` hands to training: plain NumPy files in one folder, readable without TensorFlow.
 
     meta.json                     task, crop, classes or landmark scheme, counts
-    {train,val}/ids.npy           (n,)           unicode
+    {train,val}/ids.npy           (n,)           unicode; balancing repeats some in train
+    {train,val}/weights.npy       (n,)           float32 in (0, 1]; 1 where the file is absent
+    {train,val}/digests.npy       (n, 32)        uint8, of all that the row was made from
     {train,val}/emotions.npy      (n,)           int64, task emotion
     {train,val}/images-VV.npy     (n, S, S, C)   uint8, one file a view
     {train,val}/landmarks-VV.npy  (n, N, 2)      float32, crop coordinates, task landmarks
@@ -25,6 +27,7 @@ class View:
 
     Attributes:
         ids: (n,) unicode.
+        weights: float32 (n,), how much training heeds each.
         images: uint8 (n, S, S, C).
         emotions: int64 (n,), or None for landmarks.
         landmarks: float32 (n, N, 2) in crop coordinates, 0 where not visible; None for emotion.
@@ -32,6 +35,7 @@ class View:
     """
 
     ids: np.ndarray
+    weights: np.ndarray
     images: np.ndarray
     emotions: np.ndarray | None
     landmarks: np.ndarray | None
@@ -59,8 +63,10 @@ def read_view(folder: Path, side: str, view: int = 0) -> View:
     ids, images = array("ids"), array(f"images-{view:02d}")
     if ids is None or images is None:
         raise FileNotFoundError(f"{folder}/{side} holds no view {view}; run `dvc repro augment`")
+    weights = array("weights")
     return View(
         ids=ids,
+        weights=np.ones(len(ids), np.float32) if weights is None else weights,
         images=images,
         emotions=array("emotions"),
         landmarks=array(f"landmarks-{view:02d}"),

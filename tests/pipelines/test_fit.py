@@ -307,7 +307,7 @@ def watch(patch: pytest.MonkeyPatch) -> Epochs:
             if self.training:
                 epochs.append([])
 
-        def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        def __getitem__(self, index: int) -> tuple[np.ndarray, ...]:
             images, labels = super().__getitem__(index)
             if self.training:
                 epochs[-1] += [(int(image), int(view)) for image, view in images[:, 0, :2, 0]]
@@ -339,6 +339,60 @@ def test_order_follows_from_seed_and_epoch_alone(
     seen.clear()
     run(replace(EMOTION, seed=2, epochs=1), emotions, tmp_path / "other")
     assert seen[0] != whole_order[0]
+
+
+# weights
+
+
+def weighted(shards: Path, folder: Path, weights: np.ndarray) -> Path:
+    """A copy of the shards whose training images have these weights."""
+    shutil.copytree(shards, folder)
+    np.save(folder / "train/weights.npy", weights.astype(np.float32))
+    return folder
+
+
+@pytest.mark.parametrize("task", ["emotions", "faces"])
+def test_weights_travel_with_their_images(
+    task: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    plain, weights = request.getfixturevalue(task), np.linspace(0.1, 1, TRAIN)
+    view = read_view(weighted(plain, tmp_path / "shards", weights), "train", 1)
+    order = np.random.default_rng(0).permutation(TRAIN)
+    batches = fit.Batches(view, 16, order)
+    got = [batches[index] for index in range(len(batches))]
+    assert [len(batch) for batch in got] == [3, 3, 3]
+    rows = np.concatenate([np.sort(order[start : start + 16]) for start in (0, 16, 32)])
+    np.testing.assert_allclose(np.concatenate([w for *_, w in got]), weights[rows], rtol=1e-6)
+    whole = fit.Batches(read_view(plain, "train", 1), 16, order)
+    for index, (images, labels, _) in enumerate(got):
+        expected = whole[index]
+        assert len(expected) == 2
+        assert np.array_equal(images, expected[0]) and np.array_equal(labels, expected[1])
+
+
+@pytest.mark.parametrize("task", ["emotions", "faces"])
+def test_what_weighs_next_to_nothing_teaches_nothing_and_still_counts(
+    task: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    """Its labels right or wrong, the model comes out the same; the metric of training does not."""
+    job = replace(EMOTION if task == "emotions" else LANDMARKS, dropout=0.0, epochs=1)
+    heeded = np.arange(TRAIN) % 8 < 4
+    right = weighted(request.getfixturevalue(task), tmp_path / "a", np.where(heeded, 1, 1e-9))
+    wrong = Path(shutil.copytree(right, tmp_path / "b"))
+    path = wrong / "train" / ("emotions.npy" if task == "emotions" else "landmarks-00.npy")
+    labels = np.load(path)
+    labels[~heeded] = 8 - labels[~heeded]  # happy is sad and sad is happy; points are far away
+    np.save(path, labels)
+    rows: list[dict[str, float]] = []
+    one, two = (
+        run(job, shards, shards, on_epoch=lambda _, row: rows.append(row)).get_weights()
+        for shards in (right, wrong)
+    )
+    for first, second in zip(one, two, strict=True):
+        np.testing.assert_allclose(first, second, atol=1e-5)
+    metric = "accuracy" if task == "emotions" else "nme"
+    assert rows[0][metric] != pytest.approx(rows[1][metric], abs=0.1)
+    assert rows[0]["loss"] == pytest.approx(rows[1]["loss"], rel=1e-5)
 
 
 # which checkpoint is resumed

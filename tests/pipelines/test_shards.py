@@ -32,7 +32,13 @@ def test_a_view_is_read(folder: Path) -> None:
     assert view.landmarks is not None and (view.landmarks == 1).all()
     assert view.visible is not None and view.visible.all()
     assert view.emotions is None
+    assert view.weights.tolist() == [1, 1] and view.weights.dtype == np.float32
     assert isinstance(view.images, np.memmap) and not view.images.flags.writeable
+
+
+def test_weights_are_read(folder: Path) -> None:
+    np.save(folder / "train" / "weights.npy", np.array([0.5, 1], np.float32))
+    assert read_view(folder, "train", 1).weights.tolist() == [0.5, 1]
 
 
 @pytest.mark.parametrize(("side", "view"), [("train", 2), ("val", 0), ("test", 0)])
