@@ -250,7 +250,7 @@ def _store(name: str, examples: Iterable[Example], expected: int | None) -> dict
             people.add(example.person)
             yield example
 
-    write(RAW / name, counted(), description=datasets.module_of(name).__doc__ or "")
+    write(RAW / name, counted(), description=datasets.card(name))
     splits: dict[str, dict[str, int]] = {}
     for (split, label), number in sorted(sound.items()):
         splits.setdefault(split, {})[label] = number

@@ -1,23 +1,43 @@
 """The datasets by name, and one way to read any of them.
 
-To add one: write a module with a data card as its docstring, `EXPECTED`, `recognises(archive)` and
-`examples(archive)`; name it here; give it a builder class in `builder`, a section in `params`
-under `download`, and its name to the stages in `dvc.yaml`.
+To add one: write a module with `EXPECTED`, `recognises(archive)` and `examples(archive)` and a data
+card `NAME.md` beside it; name it here; give it a builder class in `builder` and a section in
+`params` under `download`.
 """
 
 from collections.abc import Iterator
 from dataclasses import replace
 from importlib import import_module
 from itertools import chain, count
+from pathlib import Path
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 from pipelines.cli import GrimaceError
 from pipelines.datasets.archive import Archive
 from pipelines.datasets.example import Example
 
+if TYPE_CHECKING:  # `params` asks this module what a dataset serves
+    from pipelines.params import TaskName
+
 GENERATED = "synthetic"
 FROM_ARCHIVES = ("fer2013", "ytf_keypoints")
 DATASETS = (GENERATED, *FROM_ARCHIVES)
+
+LABELS: dict[str, tuple["TaskName", ...]] = {
+    "synthetic": ("emotion", "landmarks"),
+    "fer2013": ("emotion",),
+    "ytf_keypoints": ("landmarks",),
+    "kaggle_keypoints": ("landmarks",),
+    "affectnet": ("emotion", "landmarks"),
+    "the300w_lp": ("landmarks",),
+    "aflw2k3d": ("landmarks",),
+    "folder": ("emotion", "landmarks"),
+}
+"""Which tasks each dataset carries labels for."""
+
+EVALUATE_ONLY = ("aflw2k3d",)
+"""Published to measure on: nothing may be trained or chosen on them."""
 
 
 def module_of(name: str) -> ModuleType:
@@ -29,6 +49,17 @@ def module_of(name: str) -> ModuleType:
     if name not in DATASETS:
         raise GrimaceError(f"there is no dataset {name!r}; known are {', '.join(DATASETS)}")
     return import_module(f"pipelines.datasets.{name}")
+
+
+def card(name: str) -> str:
+    """Return the data card of one dataset: Markdown, a title and one section a question.
+
+    Raises:
+        GrimaceError: there is no such dataset.
+    """
+    if name not in LABELS:
+        raise GrimaceError(f"there is no dataset {name!r}; known are {', '.join(LABELS)}")
+    return Path(__file__).with_name(f"{name}.md").read_text()
 
 
 def examples(name: str, archive: Archive) -> Iterator[Example]:

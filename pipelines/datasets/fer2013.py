@@ -1,30 +1,4 @@
-"""FER-2013: 48×48 grey faces in seven expressions.
-
-Source: the facial-expression challenge of the ICML 2013 workshop on representation learning
-(Goodfellow et al. 2013), published on Kaggle; faces were found by web image search with emotion
-words and cut out by a face detector.
-
-Licence: published for research, with no licence to the photographs, which a repackaging cannot
-grant either. Their rights stay with unknown owners, so no image may be published with a model.
-
-People: 35,887 images of an unknown number of persons, children among them. Nobody was asked, and
-nobody can be identified to be asked now; treat every picture as that of a real person.
-
-Labels: one per image, from the search word, after people removed what was plainly wrong. People
-agree with them in about 65 ± 5 % of the cases, so a model near 75 % has also learnt the labelling
-habits.
-
-Known defects: 1,853 exact duplicates in 1,516 groups, of which 557 span official splits and 57
-disagree on the label; 13 blank images; drawings, text and crops without a face. The folder archive
-gives two of its file names to two different pictures each.
-
-Known bias: "disgust" holds 1.5 % of the images, "happy" 25 %. Searches varied words for age, gender
-and ethnicity, but the results are what the web of 2013 showed for emotion words: posed, lit, often
-stock photographs. No attributes are labelled, so how much worse a model does on a group of people
-cannot be measured here.
-
-Protocol: train on Training, choose on PublicTest, report PrivateTest once.
-"""
+"""FER-2013: 48×48 grey faces in seven expressions, from any of its three packings."""
 
 import difflib
 from collections.abc import Iterator

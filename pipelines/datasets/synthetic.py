@@ -1,28 +1,4 @@
-"""Synthetic faces: 128×128 colour drawings with an emotion and 68 exact landmarks each.
-
-Source: the renderer in `pipelines.datasets.faces`; nothing is downloaded. A count and a seed name
-the whole dataset, and a longer one starts with the shorter one.
-
-Licence: MIT, as this repository.
-
-People: none. No photograph, scan or statistic of a real person went in; template and colours were
-chosen by hand.
-
-Labels: exact by construction. Landmarks (iBUG-68) are where the features were drawn, to a fraction
-of a pixel, also behind glasses, hair and hands; points outside the image (about 4 % of the faces
-hang over the edge) are not visible. Emotions are balanced to within one image per class, five
-images in a row show the same person.
-
-Known defects: an emotion is what the drawing was told to show. Weak expressions, people who talk
-and resting faces that look cross make some images ambiguous. Shadows, hair and skin are drawings.
-
-Known bias: expressions follow one textbook (Ekman and Friesen's FACS and EMFACS), so a model learns
-that textbook's stereotypes. Skin tones are spread evenly from light to dark; ages between young
-adult and old; there are no children, no headscarves, no visible differences, and poses end at 30°
-of yaw and 20° of pitch and roll.
-
-Protocol: for tests, demonstrations and pretraining. Scores on it say nothing about real faces.
-"""
+"""Synthetic faces: 128×128 colour drawings with an emotion and 68 exact landmarks each."""
 
 import multiprocessing
 import os

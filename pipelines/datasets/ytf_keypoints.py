@@ -1,28 +1,4 @@
-"""Video frames of public figures with 68 landmarks each.
-
-Source: frames of YouTube Faces (Wolf, Hassner and Maoz 2011), cut out around the face and packed
-with landmarks for a university course on key-point detection.
-
-Licence: YouTube Faces was collected for research; neither it nor the packed frames grant more.
-Rights stay with the makers of the videos, so no picture may be published.
-
-People: 312 named public figures in 3,799 frames. They did not consent to this use. Names stand
-in the file names; this builder replaces them by opaque keys at once, and nothing downstream knows
-them. A key is a hash, which hides a name from readers, not from somebody who guesses it.
-
-Labels: iBUG-68 points, made by a landmark detector and in whole pixels. On faces that are often
-less than 100 pixels wide, rounding and detector errors come to a few per cent of the inter-ocular
-distance. Some points lie outside their image, where the face is cut.
-
-Known bias: politicians, athletes and entertainers who were in the news around 2000 (the names come
-from Labeled Faces in the Wild): adults, mostly men, mostly light-skinned; studio light, near-
-frontal poses, low resolution. The dozen frames of a person come from few videos and resemble each
-other, so 3,799 frames are worth far fewer independent ones.
-
-Protocol: `training/` and `test/` show the same people, many in frames of the same name. The folder
-split therefore measures memory of identities; examples carry no official split, and `split`
-divides them by person.
-"""
+"""Video frames of public figures with 68 landmarks each."""
 
 import hashlib
 import re
