@@ -6,7 +6,7 @@ from typing import Any
 import keras
 from keras import ops
 
-from models.schemes import IBUG_68
+from models.schemes import SCHEMES
 
 
 @keras.saving.register_keras_serializable(package="grimace")
@@ -49,20 +49,20 @@ class MaskedWing(keras.losses.Loss):
 
 @keras.saving.register_keras_serializable(package="grimace")
 def nme(y_true: Any, y_pred: Any) -> Any:
-    """Inter-ocular NME of a batch, for watching a training of 68 points (iBUG).
+    """Inter-ocular NME of a batch, for watching a training.
 
     Args:
-        y_true: float (B, 68, 3): x, y, visible.
-        y_pred: float (B, 68, 2).
+        y_true: float (B, N, 3): x, y, visible; N is the size of a scheme.
+        y_pred: float (B, N, 2).
 
     Returns:
-        float (B,). Examples whose eye corners coincide or are hidden count as 0; evaluation
-        proper uses `metrics.interocular_errors`, which leaves them out.
+        float (B,). Examples whose two `eyes` coincide or are hidden count as 0; evaluation proper
+        uses `metrics.interocular_errors`, which leaves them out.
     """
     mask = y_true[..., 2]
     distance = ops.norm(y_pred - y_true[..., :2], axis=-1) * mask
     mean = ops.sum(distance, axis=-1) / ops.maximum(ops.sum(mask, axis=-1), 1)
-    left, right = IBUG_68.left_eye_outer, IBUG_68.right_eye_outer
+    left, right = SCHEMES[y_pred.shape[1]].eyes
     eyes = ops.norm(y_true[:, left, :2] - y_true[:, right, :2], axis=-1)
     valid = mask[:, left] * mask[:, right] * ops.cast(eyes > 1e-6, mask.dtype)
     return valid * mean / ops.maximum(eyes, 1e-6)

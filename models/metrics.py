@@ -14,48 +14,73 @@ def interocular_errors(
 ) -> np.ndarray:
     """Return each example's normalised mean error.
 
-    The mean distance of its visible points, over the distance of the two outer eye corners
-    (300-W: Sagonas et al. 2013).
+    The mean distance of its visible points, over the distance of the scheme's two `eyes`.
 
     Args:
         truth, predicted: (n, N, 2), any common unit.
         visible: bool (n, N).
-        scheme: names the eye corners.
+        scheme: names the eyes.
         inner: leave the face outline out.
 
     Returns:
-        float64 (n,), a fraction; NaN where an eye corner or every point is invisible.
+        float64 (n,), a fraction; NaN where an eye or every point is invisible.
     """
     truth, predicted = truth.astype(np.float64), predicted.astype(np.float64)
-    corners = [scheme.left_eye_outer, scheme.right_eye_outer]
-    distance = np.linalg.norm(truth[:, corners[0]] - truth[:, corners[1]], axis=-1)
-    distance = np.where(visible[:, corners].all(1) & (distance > 0), distance, np.nan)
+    eyes = list(scheme.eyes)
+    distance = np.linalg.norm(truth[:, eyes[0]] - truth[:, eyes[1]], axis=-1)
+    distance = np.where(visible[:, eyes].all(1) & (distance > 0), distance, np.nan)
     chosen = list(scheme.inner) if inner else list(range(scheme.size))
-    error = np.linalg.norm(truth - predicted, axis=-1)[:, chosen]
-    counts = visible[:, chosen].sum(1)
-    total = (error * visible[:, chosen]).sum(1)
-    return total / np.where(counts > 0, counts, np.nan) / distance
+    return _mean_distance(truth[:, chosen], predicted[:, chosen], visible[:, chosen]) / distance
+
+
+def box_errors(truth: np.ndarray, predicted: np.ndarray, visible: np.ndarray) -> np.ndarray:
+    """Return each example's mean error over the size of its true points' box, √(width · height).
+
+    The measure of AFLW2000-3D (Zhu et al. 2016; Bulat and Tzimiropoulos 2017): in profile the two
+    eyes nearly coincide, and their distance says nothing of the face's size.
+
+    Args:
+        truth, predicted: (n, N, 2), any common unit.
+        visible: bool (n, N).
+
+    Returns:
+        float64 (n,), a fraction; NaN where the visible points span no area.
+    """
+    truth, predicted = truth.astype(np.float64), predicted.astype(np.float64)
+    low = np.where(visible[..., None], truth, np.inf).min(1)
+    high = np.where(visible[..., None], truth, -np.inf).max(1)
+    size = np.sqrt(np.clip(high - low, 0, None).prod(-1))
+    return _mean_distance(truth, predicted, visible) / np.where(size > 0, size, np.nan)
+
+
+def _mean_distance(truth: np.ndarray, predicted: np.ndarray, visible: np.ndarray) -> np.ndarray:
+    error = np.linalg.norm(truth - predicted, axis=-1)
+    counts = visible.sum(1)
+    return (error * visible).sum(1) / np.where(counts > 0, counts, np.nan)
 
 
 def landmark_metrics(
-    errors: np.ndarray, inner_errors: np.ndarray, weights: np.ndarray
+    errors: np.ndarray, inner: np.ndarray, boxed: np.ndarray, weights: np.ndarray
 ) -> dict[str, np.ndarray]:
     """Summarise per-example errors.
 
-    FR@10 is the share of examples whose 68-point error exceeds 0.10; AUC@10 is the area under the
-    cumulative error distribution (CED) up to 0.10, divided by 0.10.
+    FR@10 is the share of examples whose inter-ocular error over all points exceeds 0.10; AUC@10 is
+    the area under the cumulative error distribution (CED) up to 0.10, divided by 0.10.
 
     Args:
-        errors, inner_errors: (n,) from `interocular_errors`, without NaN.
+        errors, inner: (n,) from `interocular_errors` over all and over inner points, without NaN.
+        boxed: (n,) from `box_errors`, without NaN.
         weights: (…, n).
 
     Returns:
-        Arrays of shape (…), fractions: nme_interocular_68, nme_interocular_51, fr10, auc10.
+        Arrays of shape (…), fractions: nme_interocular (all labelled points),
+        nme_interocular_inner, nme_box, fr10, auc10.
     """
     total = weights.sum(-1)
     return {
-        "nme_interocular_68": weights @ errors / total,
-        "nme_interocular_51": weights @ inner_errors / total,
+        "nme_interocular": weights @ errors / total,
+        "nme_interocular_inner": weights @ inner / total,
+        "nme_box": weights @ boxed / total,
         "fr10": weights @ (errors > 0.10).astype(float) / total,
         # Each example adds to the curve from its own error onwards.
         "auc10": weights @ np.clip(1 - errors / 0.10, 0, 1) / total,

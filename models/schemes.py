@@ -17,16 +17,16 @@ class Scheme:
         name: the convention's usual name.
         mirror: for each index, the index of the point that lands there in a mirrored image
             ("left" and "right" swapped); an involution.
-        left_eye_outer, right_eye_outer: the two outer eye corners whose distance normalises the
-            inter-ocular NME (300-W, Sagonas et al. 2013).
+        eyes: the two points whose distance normalises the inter-ocular NME: the outer eye corners
+            of iBUG-68 (300-W, Sagonas et al. 2013); the eye centres of Kaggle-15, where most rows
+            have no corners. The two distances differ, so errors compare within a scheme only.
         inner: indices without the face outline, the usual "inner 51" of iBUG-68; all of them
             where the scheme has no outline.
     """
 
     name: str
     mirror: tuple[int, ...]
-    left_eye_outer: int
-    right_eye_outer: int
+    eyes: tuple[int, int]
     inner: tuple[int, ...]
 
     @property
@@ -54,8 +54,7 @@ _IBUG_PAIRS = (
 IBUG_68 = Scheme(
     name="ibug-68",
     mirror=_mirror_of(68, _IBUG_PAIRS),
-    left_eye_outer=36,
-    right_eye_outer=45,
+    eyes=(36, 45),
     inner=tuple(range(17, 68)),
 )
 
@@ -64,8 +63,7 @@ IBUG_68 = Scheme(
 KAGGLE_15 = Scheme(
     name="kaggle-15",
     mirror=_mirror_of(15, [(0, 1), (2, 4), (3, 5), (6, 8), (7, 9), (11, 12)]),
-    left_eye_outer=3,
-    right_eye_outer=5,
+    eyes=(0, 1),
     inner=tuple(range(15)),
 )
 

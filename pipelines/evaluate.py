@@ -26,8 +26,14 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from models.metrics import confusion, emotion_metrics, interocular_errors, landmark_metrics
-from models.schemes import EMOTIONS, IBUG_68
+from models.metrics import (
+    box_errors,
+    confusion,
+    emotion_metrics,
+    interocular_errors,
+    landmark_metrics,
+)
+from models.schemes import EMOTIONS, SCHEMES
 from pipelines import tracking
 from pipelines.augment import plain_view
 from pipelines.cli import GrimaceError, run, whole_folder
@@ -239,15 +245,16 @@ def task_of(model: Runtime) -> TaskName:
     """Tell a model's task from the shape of its output.
 
     Raises:
-        GrimaceError: neither seven probabilities nor 68 points.
+        GrimaceError: neither seven probabilities nor the points of a known scheme.
     """
     if model.output_shape == (len(EMOTIONS),):
         return "emotion"
-    if int(np.prod(model.output_shape)) == IBUG_68.size * 2:
+    if int(np.prod(model.output_shape)) in [2 * size for size in SCHEMES]:
         return "landmarks"
+    points = " or ".join(f"({scheme.size}, 2)" for scheme in SCHEMES.values())
     raise GrimaceError(
         f"the model's output has shape {model.output_shape}; expected (7,) probabilities for "
-        f"emotion, or (68, 2) points for landmarks"
+        f"emotion, or {points} points for landmarks"
     )
 
 
@@ -256,14 +263,15 @@ def measure(faces: Faces, outputs: np.ndarray, settings: Evaluate) -> dict[str, 
 
     Args:
         faces: what was asked.
-        outputs: what was answered, (n, 7) probabilities or (n, 68, 2) crop coordinates.
+        outputs: what was answered, (n, 7) probabilities or (n, N, 2) crop coordinates.
         settings: number of resamples, and their seed.
 
     Returns:
         Ready for JSON; fractions, not per cent. `ci95` holds [low, high] by metric.
 
     Raises:
-        GrimaceError: an answer is not finite: left out or taken for a class it would flatter.
+        GrimaceError: an answer is not finite: left out or taken for a class it would flatter; or
+            the points answered are not those of the faces' scheme.
     """
     finite = np.isfinite(outputs.reshape(len(outputs), -1)).all(1)
     if not finite.all():
@@ -305,34 +313,46 @@ def _measure_emotion(
 
 
 def _measure_landmarks(faces: Faces, outputs: np.ndarray, settings: Evaluate) -> dict[str, Any]:
-    errors, inner = landmark_errors(faces, outputs)
-    valid = np.isfinite(errors) & np.isfinite(inner)
+    assert faces.landmarks is not None
+    each = np.stack(landmark_errors(faces, outputs))
+    valid = np.isfinite(each).all(0)
+    errors, inner, boxed = each[:, valid]
     if not valid.any():
-        raise GrimaceError("no example shows both outer eye corners: the NME is not defined")
-    errors, inner, groups = errors[valid], inner[valid], faces.groups[valid]
+        raise GrimaceError("no example shows both eyes: the inter-ocular error is not defined")
 
     def statistic(weights: np.ndarray) -> dict[str, np.ndarray]:
-        return landmark_metrics(errors, inner, weights)
+        return landmark_metrics(errors, inner, boxed, weights)
 
     figures = statistic(np.ones(len(errors)))
     return {
         "task": "landmarks",
+        "scheme": SCHEMES[faces.landmarks.shape[1]].name,
         "n": len(errors),
         **{name: float(value) for name, value in figures.items()},
-        "without_eye_corners": int((~valid).sum()),
-        "ci95": _intervals(statistic, tuple(figures), groups, settings),
+        "without_eyes": int((~valid).sum()),
+        "ci95": _intervals(statistic, tuple(figures), faces.groups[valid], settings),
     }
 
 
-def landmark_errors(faces: Faces, outputs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return each example's inter-ocular NME over 68 and over the inner 51 points."""
-    assert faces.landmarks is not None and faces.visible is not None
-    predicted = outputs.reshape(faces.landmarks.shape)
-    whole, inner = (
-        interocular_errors(faces.landmarks, predicted, faces.visible, IBUG_68, inner=inner)
-        for inner in (False, True)
+def landmark_errors(faces: Faces, outputs: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return each example's inter-ocular NME over all and over inner points, and its box NME.
+
+    Raises:
+        GrimaceError: the answers have another number of points than the faces.
+    """
+    truth, visible = faces.landmarks, faces.visible
+    assert truth is not None and visible is not None
+    if outputs[0].size != truth[0].size:
+        raise GrimaceError(
+            f"the model answers {outputs[0].size // 2} points, the faces have {truth.shape[1]}: "
+            "they follow different schemes"
+        )
+    predicted, scheme = outputs.reshape(truth.shape), SCHEMES[truth.shape[1]]
+    return (
+        interocular_errors(truth, predicted, visible, scheme, inner=False),
+        interocular_errors(truth, predicted, visible, scheme, inner=True),
+        box_errors(truth, predicted, visible),
     )
-    return whole, inner
 
 
 def bootstrap_weights(groups: np.ndarray, settings: Evaluate) -> Iterator[np.ndarray]:
@@ -367,7 +387,7 @@ def _intervals(
 
 def headline(scores: dict[str, Any]) -> str:
     """Return one line: the deciding metric with its interval."""
-    name = "accuracy" if scores["task"] == "emotion" else "nme_interocular_68"
+    name = "accuracy" if scores["task"] == "emotion" else "nme_interocular"
     low, high = scores["ci95"][name]
     return f"{name} {scores[name]:.2%} (95 % interval {low:.2%} to {high:.2%}, n = {scores['n']})"
 
@@ -389,7 +409,7 @@ def write_plots(
         contact_sheet(images, captions, out / "worst.png", f"{title}: least probable labels")
         return
     assert faces.landmarks is not None and faces.visible is not None
-    errors, _ = landmark_errors(faces, outputs)
+    errors, *_ = landmark_errors(faces, outputs)
     _plot_ced(errors[np.isfinite(errors)], out, title)
     worst = np.argsort(-np.nan_to_num(errors), kind="stable")[: settings.gallery]
     predicted = outputs.reshape(faces.landmarks.shape)
@@ -439,7 +459,7 @@ def _plot_ced(errors: np.ndarray, out: Path, title: str) -> None:
     figure, axis = plt.subplots(figsize=(6, 4))
     axis.plot(bounds, share)
     axis.axvline(0.1, color="grey", linewidth=0.8, linestyle=":")
-    axis.set(xlabel="inter-ocular NME (68 points)", ylabel="share of faces", ylim=(0, 1))
+    axis.set(xlabel="inter-ocular NME", ylabel="share of faces", ylim=(0, 1))
     axis.set_title(f"{title}: cumulative error distribution")
     axis.grid(alpha=0.3)
     figure.tight_layout()

@@ -100,7 +100,7 @@ def rank(scores: dict[str, dict[str, Any]], settings: SelectTask) -> pd.DataFram
 def lead(faces: Faces, winner: np.ndarray, other: np.ndarray, settings: Evaluate) -> list[float]:
     """Return the 95 % interval of winner minus other, on the same resamples.
 
-    In accuracy for emotion, in inter-ocular NME (68 points) for landmarks.
+    In accuracy for emotion, in inter-ocular NME (all labelled points) for landmarks.
     """
     drawn = []
     if faces.emotions is not None:

@@ -20,7 +20,7 @@ from pipelines.evaluate import Faces, faces_of_side, headline, measure, write_pl
 from pipelines.params import Params, TaskName, Verify, load_params
 from pipelines.runtimes import load
 
-DECIDES = {"emotion": "accuracy", "landmarks": "nme_interocular_68"}
+DECIDES = {"emotion": "accuracy", "landmarks": "nme_interocular"}
 BUNDLES = ("tflite", "tfjs", "tensorrt")
 FILES = (".tflite", ".onnx", ".engine")  # a TF.js model is a folder
 

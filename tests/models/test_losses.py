@@ -7,7 +7,7 @@ import tensorflow as tf
 
 from models.losses import MaskedWing, nme
 from models.metrics import interocular_errors
-from models.schemes import IBUG_68
+from models.schemes import IBUG_68, KAGGLE_15, Scheme
 
 WIDTH, CURVATURE = 0.1, 0.02
 
@@ -85,16 +85,17 @@ def test_wing_is_saved_with_its_settings() -> None:
     assert float(again(truth, predicted)) != float(MaskedWing()(truth, predicted))
 
 
-def test_nme_is_the_metric_of_evaluation() -> None:
-    truth, predicted = draw(batch=6)
-    corners = [IBUG_68.left_eye_outer, IBUG_68.right_eye_outer]
-    truth[:, corners, 2] = 1
+@pytest.mark.parametrize("scheme", [IBUG_68, KAGGLE_15], ids=lambda scheme: scheme.name)
+def test_nme_is_the_metric_of_evaluation(scheme: Scheme) -> None:
+    truth, predicted = draw(batch=6, points=scheme.size)
+    eyes = list(scheme.eyes)
+    truth[:, eyes, 2] = 1
     visible = truth[..., 2] > 0
-    expected = interocular_errors(truth[..., :2], predicted, visible, IBUG_68, inner=False)
+    expected = interocular_errors(truth[..., :2], predicted, visible, scheme, inner=False)
     assert np.allclose(nme(truth, predicted), expected, rtol=1e-5)
 
-    truth[0, corners[0], 2] = truth[1, corners[1], 2] = 0
-    truth[2, corners[0], :2] = truth[2, corners[1], :2]
-    left_out = interocular_errors(truth[..., :2], predicted, truth[..., 2] > 0, IBUG_68, False)
+    truth[0, eyes[0], 2] = truth[1, eyes[1], 2] = 0
+    truth[2, eyes[0], :2] = truth[2, eyes[1], :2]
+    left_out = interocular_errors(truth[..., :2], predicted, truth[..., 2] > 0, scheme, False)
     assert np.isnan(left_out).tolist() == [True] * 3 + [False] * 3
     assert np.allclose(nme(truth, predicted), np.nan_to_num(left_out), rtol=1e-5)

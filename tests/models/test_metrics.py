@@ -4,7 +4,13 @@ import numpy as np
 import pytest
 from sklearn import metrics as reference
 
-from models.metrics import confusion, emotion_metrics, interocular_errors, landmark_metrics
+from models.metrics import (
+    box_errors,
+    confusion,
+    emotion_metrics,
+    interocular_errors,
+    landmark_metrics,
+)
 from models.schemes import IBUG_68, KAGGLE_15, Scheme
 
 # emotion, against scikit-learn
@@ -68,42 +74,42 @@ def test_weights_count_examples_as_often_as_they_are_drawn() -> None:
 
 
 def loop_errors(
-    truth: np.ndarray, guess: np.ndarray, visible: np.ndarray, corners: list[int], chosen: range
+    truth: np.ndarray, guess: np.ndarray, visible: np.ndarray, eyes: list[int], chosen: range
 ) -> list[float]:
     errors = []
     for true, guessed, seen in zip(truth, guess, visible, strict=True):
         points = [i for i in chosen if seen[i]]
-        if not (points and seen[corners[0]] and seen[corners[1]]):
+        if not (points and seen[eyes[0]] and seen[eyes[1]]):
             errors.append(math.nan)
             continue
-        normaliser = math.dist(true[corners[0]], true[corners[1]])
+        normaliser = math.dist(true[eyes[0]], true[eyes[1]])
         distances = [math.dist(true[i], guessed[i]) for i in points]
         errors.append(sum(distances) / len(distances) / normaliser)
     return errors
 
 
 @pytest.mark.parametrize(
-    ("scheme", "corners", "inner", "chosen"),
+    ("scheme", "eyes", "inner", "chosen"),
     [
         (IBUG_68, [36, 45], False, range(68)),
         (IBUG_68, [36, 45], True, range(17, 68)),
-        (KAGGLE_15, [3, 5], False, range(15)),
-        (KAGGLE_15, [3, 5], True, range(15)),
+        (KAGGLE_15, [0, 1], False, range(15)),
+        (KAGGLE_15, [0, 1], True, range(15)),
     ],
 )
 def test_errors_agree_with_a_loop(
-    scheme: Scheme, corners: list[int], inner: bool, chosen: range
+    scheme: Scheme, eyes: list[int], inner: bool, chosen: range
 ) -> None:
     rng = np.random.default_rng(3)
     truth = rng.random((40, scheme.size, 2)).astype(np.float32)
     guess = truth + rng.normal(0, 0.03, truth.shape).astype(np.float32)
     visible = rng.random((40, scheme.size)) < 0.8
-    visible[:20, corners] = True
+    visible[:20, eyes] = True
     # What is predicted for an invisible point, and its stored 0, are nobody's business.
     truth[~visible], guess[~visible] = 0, 99
     visible[0, chosen[0] :] = False
     found = interocular_errors(truth, guess, visible, scheme, inner)
-    expected = loop_errors(truth, guess, visible, corners, chosen)
+    expected = loop_errors(truth, guess, visible, eyes, chosen)
     np.testing.assert_allclose(found, expected, rtol=1e-6)
     assert found.dtype == np.float64
     assert np.isnan(found[0]) and np.isfinite(found[1:20]).all() and np.isnan(found).sum() > 5
@@ -124,29 +130,51 @@ def test_eyes_on_one_spot_give_no_error() -> None:
     assert np.isnan(found).all()
 
 
+def test_box_errors_agree_with_a_loop() -> None:
+    rng = np.random.default_rng(7)
+    truth = rng.random((30, 68, 2)) * [3, 1]  # a wide box: the root of its area is not its side
+    guess = truth + rng.normal(0, 0.05, truth.shape)
+    visible = rng.random((30, 68)) < 0.5
+    truth[~visible], guess[~visible] = 99, -99
+    visible[0], visible[1, 1:] = False, False
+    visible[1, 0] = True  # one point spans no area
+    expected = []
+    for true, guessed, seen in zip(truth, guess, visible, strict=True):
+        points = [i for i in range(68) if seen[i]]
+        if len(points) < 2:
+            expected.append(math.nan)
+            continue
+        x, y = [true[i][0] for i in points], [true[i][1] for i in points]
+        size = math.sqrt((max(x) - min(x)) * (max(y) - min(y)))
+        distances = [math.dist(true[i], guessed[i]) for i in points]
+        expected.append(sum(distances) / len(distances) / size)
+    found = box_errors(truth, guess, visible)
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    assert np.isnan(found).sum() == 2
+
+
 def test_summary_agrees_with_the_integrated_curve() -> None:
     rng = np.random.default_rng(5)
     errors, inner = rng.gamma(3, 0.02, 500), rng.gamma(2, 0.02, 500)
-    found = landmark_metrics(errors, inner, np.ones(500))
+    found = landmark_metrics(errors, inner, errors / 2, np.ones(500))
     levels = np.linspace(0, 0.10, 20001)
     curve = [(errors <= level).mean() for level in levels]
     assert found["auc10"] == pytest.approx(np.trapezoid(curve, levels) / 0.10, abs=1e-4)
     assert found["fr10"] == pytest.approx(1 - curve[-1])
     assert 0 < found["fr10"] < 0.5
-    assert found["nme_interocular_68"] == pytest.approx(sum(errors) / 500)
-    assert found["nme_interocular_51"] == pytest.approx(sum(inner) / 500)
+    assert found["nme_interocular"] == pytest.approx(sum(errors) / 500)
+    assert found["nme_interocular_inner"] == pytest.approx(sum(inner) / 500)
+    assert found["nme_box"] == pytest.approx(sum(errors) / 1000)
 
 
 def test_extremes_and_the_bound_itself() -> None:
     def metrics(*errors: float) -> dict[str, float]:
         values = np.array(errors)
-        return {
-            k: float(v) for k, v in landmark_metrics(values, values, np.ones(len(values))).items()
-        }
+        summary = landmark_metrics(values, values, values, np.ones(len(values)))
+        return {name: float(value) for name, value in summary.items()}
 
-    assert metrics(0.0) == {
-        "nme_interocular_68": 0, "nme_interocular_51": 0, "fr10": 0, "auc10": 1
-    }  # fmt: skip
+    nothing = dict.fromkeys(("nme_interocular", "nme_interocular_inner", "nme_box", "fr10"), 0)
+    assert metrics(0.0) == nothing | {"auc10": 1}
     assert metrics(5.0)["fr10"] == 1 and metrics(5.0)["auc10"] == 0
     assert metrics(0.10)["fr10"] == 0  # a failure exceeds the bound
     assert metrics(0.05)["auc10"] == pytest.approx(0.5)
@@ -157,9 +185,10 @@ def test_resamples_of_landmarks() -> None:
     errors = rng.gamma(3, 0.02, 50)
     draws = rng.integers(0, 50, (4, 50))
     weights = np.stack([np.bincount(row, minlength=50) for row in draws])
-    together = landmark_metrics(errors, errors * 2, weights)
+    together = landmark_metrics(errors, errors * 2, errors / 2, weights)
     for row, drawn in enumerate(draws):
-        alone = landmark_metrics(errors[drawn], errors[drawn] * 2, np.ones(50))
+        chosen = errors[drawn]
+        alone = landmark_metrics(chosen, chosen * 2, chosen / 2, np.ones(50))
         for name, value in alone.items():
             assert together[name].shape == (4,)
             np.testing.assert_allclose(together[name][row], value, err_msg=name)

@@ -48,17 +48,26 @@ def test_mirroring_a_symmetric_face_gives_it_back(
     assert np.array_equal(mirrored[list(scheme.mirror)], face)
 
 
-@pytest.mark.parametrize(("scheme", "face"), [(IBUG_68, IBUG_FACE), (KAGGLE_15, KAGGLE_FACE)])
-def test_outer_eye_corners(scheme: Scheme, face: np.ndarray) -> None:
-    left, right = scheme.left_eye_outer, scheme.right_eye_outer
-    assert scheme.mirror[left] == right
-    at_eye_height = np.flatnonzero(np.abs(face[:, 1] - face[left, 1]) <= 3)
-    if scheme is IBUG_68:
-        at_eye_height = at_eye_height[at_eye_height >= 17]  # the outline passes there too
+def test_eyes_of_ibug_are_the_outer_corners() -> None:
+    left, right = IBUG_68.eyes
+    assert IBUG_68.mirror[left] == right
+    at_eye_height = np.flatnonzero(np.abs(IBUG_FACE[:, 1] - IBUG_FACE[left, 1]) <= 3)
+    at_eye_height = at_eye_height[at_eye_height >= 17]  # the outline passes there too
     assert {left, right} == {
-        at_eye_height[face[at_eye_height, 0].argmin()],
-        at_eye_height[face[at_eye_height, 0].argmax()],
+        at_eye_height[IBUG_FACE[at_eye_height, 0].argmin()],
+        at_eye_height[IBUG_FACE[at_eye_height, 0].argmax()],
     }
+
+
+def test_eyes_of_kaggle_are_the_centres() -> None:
+    first, second = KAGGLE_15.eyes
+    assert KAGGLE_15.mirror[first] == second
+    for eye in (first, second):
+        # On the eye's own side, between its two corners.
+        side = np.sign(KAGGLE_FACE[eye, 0] - 48)
+        corners = [i for i in range(2, 6) if np.sign(KAGGLE_FACE[i, 0] - 48) == side]
+        x = sorted(KAGGLE_FACE[corners, 0])
+        assert len(x) == 2 and x[0] < KAGGLE_FACE[eye, 0] < x[1]
 
 
 def test_inner_51_leaves_out_the_outline() -> None:

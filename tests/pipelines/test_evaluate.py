@@ -222,8 +222,8 @@ def expected_landmarks(labelled: list[np.ndarray], answer: np.ndarray) -> dict:
     bounds = (np.arange(20_000) + 0.5) / 20_000 * 0.1
     return {
         "n": len(whole),
-        "nme_interocular_68": np.mean(whole),
-        "nme_interocular_51": np.mean(inner),
+        "nme_interocular": np.mean(whole),
+        "nme_interocular_inner": np.mean(inner),
         "fr10": np.mean([error > 0.1 for error in whole]),
         "auc10": np.mean([np.mean([error <= bound for error in whole]) for bound in bounds]),
     }
@@ -378,13 +378,13 @@ def test_landmark_figures_by_person(score, tmp_path, frames):
         expected = expected_landmarks([points for _, _, points in of_side], answer)
         assert {name: found[name] for name in expected} == pytest.approx(expected, abs=1e-5)
         assert found["task"] == "landmarks"
-        assert found["n"] + found["without_eye_corners"] == len(of_side)
+        assert found["n"] + found["without_eyes"] == len(of_side)
         assert found["unusable"] == {}
-        for name in ("nme_interocular_68", "nme_interocular_51", "fr10", "auc10"):
+        for name in ("nme_interocular", "nme_interocular_inner", "fr10", "auc10"):
             low, high = found["ci95"][name]
             assert low <= found[name] <= high
         total += found["n"]
-    assert found["without_eye_corners"] == 1
+    assert found["without_eyes"] == 1
     assert 0 < found["fr10"] < 1
     assert total == 2 * found["n"]  # each person on one side
 
@@ -459,7 +459,7 @@ def test_every_runtime_gives_the_same_emotion_figures(score, exported, tmp_path)
 def test_every_runtime_gives_the_same_landmark_figures(score, exported, tmp_path, frames):
     archive = zipped(tmp_path / "ytf.zip", ytf_archive("test", frames))
     found = in_every_runtime(score, exported, "landmarks", "ytf_keypoints", archive)
-    for name in ("nme_interocular_68", "nme_interocular_51", "fr10", "auc10"):
+    for name in ("nme_interocular", "nme_interocular_inner", "fr10", "auc10"):
         assert [scores[name] for scores in found] == pytest.approx([found[0][name]] * 4, abs=1e-4)
     assert found[0]["n"] == 35
 

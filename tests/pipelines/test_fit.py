@@ -74,7 +74,7 @@ def write_shards(folder: Path, task: str) -> Path:
     counts = {"train": TRAIN, "val": VAL}
     (folder / "meta.json").write_text(json.dumps(meta | {"counts": counts}))
     shape = np.random.default_rng(5).uniform(-0.2, 0.2, (68, 2))
-    shape[[IBUG_68.left_eye_outer, IBUG_68.right_eye_outer]] = [[0.2, 0], [-0.2, 0]]
+    shape[[*IBUG_68.eyes]] = [[0.2, 0], [-0.2, 0]]
     for seed, (side, number, views) in enumerate([("train", TRAIN, VIEWS), ("val", VAL, 1)]):
         rng = np.random.default_rng(seed)
         (folder / side).mkdir()
@@ -92,7 +92,7 @@ def write_shards(folder: Path, task: str) -> Path:
                     image[y : y + 4, x : x + 4] = 255
                 places = (corners[:, None] + 2) / 16 + shape
                 visible = rng.random((number, 68)) < 0.9
-                visible[:, [IBUG_68.left_eye_outer, IBUG_68.right_eye_outer]] = True
+                visible[:, [*IBUG_68.eyes]] = True
                 places[~visible] = 0
                 np.save(folder / side / f"landmarks-{view:02d}.npy", places.astype(np.float32))
                 np.save(folder / side / f"visible-{view:02d}.npy", visible)

@@ -25,7 +25,7 @@ RUNTIMES = {
     "tfjs/float32": "tfjs-node",
     "tfjs/uint8": "tfjs-node",
 }
-METRIC = {"emotion": "accuracy", "landmarks": "nme_interocular_68"}
+METRIC = {"emotion": "accuracy", "landmarks": "nme_interocular"}
 
 
 def read(root: Path, name: str):
