@@ -54,6 +54,10 @@ class Archive:
         except _UNREADABLE as error:
             return b"", f"damaged in the archive: {_reason(error)}"
 
+    def open(self, name: str) -> IO[bytes]:
+        """Open one file for reading bytes; its damage shows while it is read."""
+        return self._open(name)
+
     def open_text(self, name: str) -> IO[str]:
         """Open one file as UTF-8 text; bytes that are not become U+FFFD, a byte-order mark goes."""
         return io.TextIOWrapper(self._open(name), "utf-8-sig", errors="replace", newline="")
@@ -99,6 +103,22 @@ def open_archive(path: Path) -> Archive:
     if not archive.names():
         raise GrimaceError(f"{path} holds no files; get the archive again")
     return archive
+
+
+def open_inner(archive: Archive, name: str) -> Archive:
+    """Open a zip file that lies in another archive, in place.
+
+    Raises:
+        GrimaceError: it is damaged or no zip file.
+    """
+    path = archive.path / name
+    try:
+        zipped = ZipFile(archive.open(name))
+    except _UNREADABLE as error:
+        raise GrimaceError(
+            f"{path} is no whole zip file ({_reason(error)}); get {archive.path} again"
+        ) from None
+    return _of_zip(path, zipped)
 
 
 def web_page_notice(head: bytes) -> str:
@@ -160,6 +180,10 @@ def _open_zip(path: Path, size: int) -> Archive:
         cut = "not a zip file" in str(error)
         problem = f"ends early, after {size:,} bytes" if cut else "has a damaged list of files"
         raise GrimaceError(f"{path} {problem}; delete it and download it again") from None
+    return _of_zip(path, zipped)
+
+
+def _of_zip(path: Path, zipped: ZipFile) -> Archive:
     files = [member.filename for member in zipped.infolist() if not member.is_dir()]
     return Archive(path, _shown(files), zipped.open)
 

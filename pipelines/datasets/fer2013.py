@@ -4,22 +4,24 @@ import difflib
 from collections.abc import Iterator
 from pathlib import PurePosixPath
 
-import numpy as np
-
 from models.schemes import EMOTIONS, FER2013_CSV_ORDER
 from pipelines.datasets.archive import Archive
+from pipelines.datasets.cells import encode_pixels
 from pipelines.datasets.example import Example
 
 EXPECTED = (
-    "train/EMOTION/*.jpg and test/EMOTION/*.jpg, or a CSV with columns emotion, pixels, Usage"
+    "train/EMOTION/*.jpg and test/EMOTION/*.jpg, images/train/EMOTION/*.jpg and "
+    "images/validation/EMOTION/*.jpg, or a CSV with columns emotion, pixels, Usage"
 )
 SIDE = 48
 
 _SPLITS = {"Training": "train", "PublicTest": "val", "PrivateTest": "test"}
+# Where the names do not tell, nothing may be chosen on what may be PrivateTest.
+_PARTS = {"train": "train", "test": "test", "validation": "test"}
 
 
 def recognises(archive: Archive) -> bool:
-    """Whether the archive has one of the two layouts FER-2013 is published in."""
+    """Whether the archive has one of the three layouts FER-2013 is published in."""
     return any(_is_known_class(name) for name in archive.names()) or _csv_name(archive) != ""
 
 
@@ -32,11 +34,13 @@ def examples(archive: Archive) -> Iterator[Example]:
 
     The official split follows the file name's prefix (Training, PublicTest, PrivateTest). Where
     a repackaged archive lost the prefixes, PublicTest can no longer be told from PrivateTest, so
-    all of `test/` counts as "test": nothing is ever chosen on what may be PrivateTest.
+    all of `test/` or `validation/` counts as "test": nothing is ever chosen on what may be
+    PrivateTest. None is "val" then; `split` draws that side from "train".
 
     Args:
-        archive: `train/EMOTION/*` and `test/EMOTION/*`, either of which may be missing, or
-            `fer2013.csv`; both at any depth.
+        archive: `train/EMOTION/*` and `test/EMOTION/*` or `validation/EMOTION/*`, any of which
+            may be missing, or `fer2013.csv`; all at any depth. `images/images/`, the second copy
+            of everything that some archives carry, is passed over.
     """
     if any(_is_known_class(name) for name in archive.names()):
         yield from _from_folders(archive)
@@ -45,8 +49,9 @@ def examples(archive: Archive) -> Iterator[Example]:
 
 
 def _from_folders(archive: Archive) -> Iterator[Example]:
+    names = set(archive.names())
     for name in archive.names():
-        if not _is_in_class_folder(name):
+        if not _is_in_class_folder(name) or _is_second_copy(name, names):
             continue
         path = PurePosixPath(name)
         part, label = path.parts[-3].lower(), path.parts[-2]
@@ -57,7 +62,7 @@ def _from_folders(archive: Archive) -> Iterator[Example]:
             id=path.stem if official else f"{part}-{label.lower()}-{path.stem}",
             image=image,
             emotion=emotion,
-            official_split=official or part,
+            official_split=official or _PARTS[part],
             defect=_unknown_class(label) if emotion < 0 else defect,
         )
 
@@ -73,7 +78,7 @@ def _from_csv(archive: Archive, name: str) -> Iterator[Example]:
             continue
         label, pixels, usage = (cells[index].strip() for index in wanted)
         emotion, bad_label = _parse_label(label)
-        image, bad_pixels = _encode(pixels)
+        image, bad_pixels = encode_pixels(pixels, SIDE)
         official = _SPLITS.get(usage, "")
         yield Example(
             id=id,
@@ -86,7 +91,12 @@ def _from_csv(archive: Archive, name: str) -> Iterator[Example]:
 
 def _is_in_class_folder(name: str) -> bool:
     parts = PurePosixPath(name).parts
-    return len(parts) >= 3 and parts[-3].lower() in ("train", "test")
+    return len(parts) >= 3 and parts[-3].lower() in _PARTS
+
+
+def _is_second_copy(name: str, names: set[str]) -> bool:
+    once = name.replace("images/images/", "images/", 1)
+    return once != name and once in names
 
 
 def _is_known_class(name: str) -> bool:
@@ -125,19 +135,3 @@ def _parse_label(text: str) -> tuple[int, str]:
     if not 0 <= label < len(FER2013_CSV_ORDER):
         return -1, f"label {label} is outside 0-6"
     return EMOTIONS.index(FER2013_CSV_ORDER[label]), ""
-
-
-def _encode(text: str) -> tuple[bytes, str]:
-    """Turn 2,304 numbers, row by row, into a 48×48 PNG, or b"" and what is wrong with them."""
-    import cv2
-
-    values = text.split()
-    if len(values) != SIDE * SIDE:
-        return b"", f"{len(values)} pixels instead of {SIDE * SIDE}"
-    try:
-        pixels = np.array(values, np.int64)
-    except (ValueError, OverflowError):
-        return b"", "a pixel is not a whole number"
-    if pixels.min() < 0 or pixels.max() > 255:
-        return b"", "a pixel is outside 0-255"
-    return cv2.imencode(".png", pixels.astype(np.uint8).reshape(SIDE, SIDE))[1].tobytes(), ""

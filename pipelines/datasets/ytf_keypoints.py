@@ -9,6 +9,7 @@ import numpy as np
 
 from models.schemes import IBUG_68
 from pipelines.datasets.archive import Archive
+from pipelines.datasets.cells import no_points, parse_points
 from pipelines.datasets.example import Example
 
 EXPECTED = "training/*.jpg and test/*.jpg with training_frames_keypoints.csv and the same for test"
@@ -56,7 +57,7 @@ def examples(archive: Archive) -> Iterator[Example]:
 def _example(archive: Archive, part: str, member: str, row: list[str]) -> Example:
     id, person = _keys(row[0], part)
     image, damage = archive.read(member) if member else (b"", "its image is not in the archive")
-    landmarks, visible, bad_row = _parse_points(row[1:])
+    landmarks, visible, bad_row = _points(row[1:])
     return Example(
         id=id,
         image=image,
@@ -90,21 +91,8 @@ def _keys(file_name: str, part: str) -> tuple[str, str]:
     return f"ytf-{person}-{part}-{number}", person
 
 
-def _parse_points(cells: list[str]) -> tuple[np.ndarray, np.ndarray, str]:
-    """Parse x0, y0, … x67, y67.
-
-    Returns:
-        float32 (68, 2) with 0 where a point is missing, bool (68,), and "" or what is wrong with
-        the row; (0, 2) and (0,) where it cannot be parsed.
-    """
-    nothing = np.zeros((0, 2), np.float32), np.zeros((0,), bool)
+def _points(cells: list[str]) -> tuple[np.ndarray, np.ndarray, str]:
     if len(cells) != 2 * IBUG_68.size:
-        return *nothing, f"row has {len(cells)} coordinates instead of {2 * IBUG_68.size}"
-    try:
-        values = np.array([cell.strip() or "nan" for cell in cells], np.float32)
-    except ValueError:
-        return *nothing, "a coordinate is not a number"
-    points = values.reshape(-1, 2)
-    visible = np.all(np.isfinite(points), axis=1)
-    points[~visible] = 0
-    return points, visible, "" if visible.any() else "all landmarks are missing"
+        defect = f"row has {len(cells)} coordinates instead of {2 * IBUG_68.size}"
+        return *no_points(), defect
+    return parse_points(cells)

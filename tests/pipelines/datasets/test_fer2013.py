@@ -72,6 +72,27 @@ def test_lost_prefixes_never_turn_test_images_into_validation(tmp_path: Path) ->
     }
 
 
+def test_numbered_images_of_a_validation_folder_are_never_chosen_on(tmp_path: Path) -> None:
+    found = read_folders(
+        tmp_path,
+        {
+            "images/train/angry/0.jpg": b"a",
+            "images/train/happy/7.jpg": b"h",
+            "images/validation/angry/10052.jpg": b"v",
+            # Some copies of this packing hold everything twice.
+            "images/images/train/angry/0.jpg": b"a",
+            "images/images/train/happy/8.jpg": b"only here",
+            "images/images/validation/angry/10052.jpg": b"v",
+        },
+    )
+    assert {id: (row.image, row.official_split, row.defect) for id, row in found.items()} == {
+        "train-angry-0": (b"a", "train", ""),
+        "train-happy-7": (b"h", "train", ""),
+        "train-happy-8": (b"only here", "train", ""),
+        "validation-angry-10052": (b"v", "test", ""),
+    }
+
+
 def test_one_name_for_two_pictures_gives_two_ids(tmp_path: Path) -> None:
     # The published archive has two such names.
     members = {"train/angry/Training_1.jpg": b"a", "train/surprise/Training_1.jpg": b"s"}
