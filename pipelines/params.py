@@ -23,6 +23,7 @@ from pydantic import (
 )
 
 from pipelines.cli import GrimaceError, run
+from pipelines.datasets import EVALUATE_ONLY, LABELS
 
 TaskName = Literal["emotion", "landmarks"]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -473,18 +474,28 @@ class Params(_Section):
     verify: Verify
 
     @model_validator(mode="after")
-    def _datasets_and_models_exist(self) -> Self:
-        known = list(Download.model_fields)
-        for task in ("emotion", "landmarks"):
-            dataset = getattr(self.tasks, task).dataset
-            if dataset not in known:
-                raise ValueError(
-                    f"tasks.{task}.dataset: {dataset!r} is not a dataset; "
-                    f"known are {', '.join(known)}"
-                )
+    def _tasks_have_data_and_models(self) -> Self:
+        tasks: tuple[TaskName, ...] = ("emotion", "landmarks")
+        for task in tasks:
+            if wrong := _unfit(self.tasks.named(task).dataset, task):
+                raise ValueError(f"tasks.{task}.dataset: {wrong}")
             if not any(job.task == task for job in self.train.jobs.values()):
                 raise ValueError(f"train.jobs has no model for task {task}")
         return self
+
+
+def _unfit(dataset: str, task: TaskName) -> str:
+    """Say why a task cannot be learnt from a dataset, "" where it can."""
+    if task in LABELS.get(dataset, ()) and dataset not in EVALUATE_ONLY:
+        return ""
+    if dataset not in LABELS:
+        why = f"{dataset!r} is not a dataset"
+    elif task not in LABELS[dataset]:
+        why = f"{dataset} has no labels for task {task}"
+    else:
+        why = f"{dataset} is for evaluation only (`python -m pipelines.evaluate`)"
+    fit = [name for name, served in LABELS.items() if task in served and name not in EVALUATE_ONLY]
+    return f"{why}; {task} can be learnt from {', '.join(fit)}"
 
 
 def _explain(error: Any, raw: Any) -> str:

@@ -14,6 +14,7 @@ from pydantic import ValidationError
 
 from pipelines.augment import build_policy
 from pipelines.cli import GrimaceError
+from pipelines.datasets import LABELS
 from pipelines.params import Params, load_params
 
 ROOT = Path(__file__).parents[2]
@@ -73,7 +74,9 @@ def test_the_file_in_the_repository_is_valid(load: Load) -> None:
 @pytest.mark.parametrize(
     ("key", "meant"),
     [
-        ("filter.blank_stdd", "blank_std"),
+        ("filter.checks.blank.stdd", "std"),
+        ("filter.checks.blankk", "blank"),
+        ("filter.overrides.fer2013.mislabeled", "mislabelled"),
         ("splitt", "split"),
         ("tasks.emotion.chanels", "channels"),
         ("train.jobs.emotion-plain.learning_rat", "learning_rate"),
@@ -96,7 +99,7 @@ def test_unknown_key_like_no_other(load: Load) -> None:
         ("split.seed", True),
         ("split.seed", date(2026, 1, 1)),  # YAML makes dates of its own accord
         ("split.seed", None),
-        ("filter.exact_duplicates", "yes please"),
+        ("filter.pictures", "yes please"),
         ("filter", "all"),
         ("tasks.emotion.dataset", 3),
         ("train.jobs.emotion-plain.widths", 16),
@@ -105,8 +108,8 @@ def test_unknown_key_like_no_other(load: Load) -> None:
         # impossible values
         ("split.val", 0),
         ("split.test", -0.1),
-        ("filter.blank_std", -1),
-        ("filter.blank_std", float("inf")),
+        ("filter.checks.blank.std", -1),
+        ("filter.checks.blank.std", float("inf")),
         ("train.jobs.emotion-plain.learning_rate", float("nan")),
         ("train.jobs.emotion-plain.epochs.default", 0),
         ("train.jobs.emotion-plain.widths.1", -2),
@@ -151,15 +154,49 @@ def test_missing_transform_name(load: Load) -> None:
             "train.jobs.emotion-plain: epochs names unknown datasets: fer2031",
         ),
         ("train.jobs.emotion-plain.task", "landmarks", "train.jobs.emotion-plain: loss"),
+        (
+            "filter.checks.no_face",
+            {"action": "flag", "detectors": ["haar"], "votes": 2},
+            "filter.checks.no_face: 2 votes, but 1 detectors",
+        ),
+        ("filter.overrides", {"fer2031": {}}, "filter: overrides names unknown datasets: fer2031"),
+        ("filter.restore", {"fer2031": []}, "filter: restore names unknown datasets: fer2031"),
     ],
 )
 def test_values_that_do_not_fit_each_other(load: Load, key: str, value: Any, words: str) -> None:
     assert complaint(load, changed(key, value)).startswith(words)
 
 
-def test_known_datasets_are_listed(load: Load) -> None:
-    said = complaint(load, changed("tasks.landmarks.dataset", "300w"))
-    assert all(name in said for name in REAL["download"])
+@pytest.mark.parametrize(
+    ("task", "dataset", "why"),
+    [
+        ("landmarks", "300w", "'300w' is not a dataset"),
+        ("landmarks", "fer2013", "fer2013 has no labels for task landmarks"),
+        ("emotion", "ytf_keypoints", "ytf_keypoints has no labels for task emotion"),
+        ("landmarks", "aflw2k3d", "aflw2k3d is for evaluation only"),
+        ("emotion", "aflw2k3d", "aflw2k3d has no labels for task emotion"),
+    ],
+)
+def test_a_task_needs_a_dataset_that_serves_it(
+    load: Load, task: str, dataset: str, why: str
+) -> None:
+    said = complaint(load, changed(f"tasks.{task}.dataset", dataset))
+    assert said.startswith(f"tasks.{task}.dataset: {why}")
+    serving = {
+        "emotion": {"synthetic", "fer2013", "affectnet", "folder"},
+        "landmarks": set(REAL["download"]) - {"fer2013", "aflw2k3d"},
+    }
+    listed = said.rpartition(f"{task} can be learnt from ")[2].split(", ")
+    assert set(listed) == serving[task]
+
+
+def test_every_dataset_that_serves_a_task_is_accepted(load: Load) -> None:
+    for dataset in ("ytf_keypoints", "kaggle_keypoints", "affectnet", "the300w_lp", "folder"):
+        assert load(changed("tasks.landmarks.dataset", dataset)).tasks.landmarks.dataset == dataset
+
+
+def test_every_dataset_has_its_source_and_its_labels() -> None:
+    assert set(REAL["download"]) == set(LABELS)
 
 
 def test_a_job_is_called_by_what_it_trains(load: Load) -> None:
