@@ -21,7 +21,7 @@ if TYPE_CHECKING:  # `params` asks this module what a dataset serves
     from pipelines.params import TaskName
 
 GENERATED = "synthetic"
-FROM_ARCHIVES = ("fer2013", "ytf_keypoints", "kaggle_keypoints")
+FROM_ARCHIVES = ("fer2013", "ytf_keypoints", "kaggle_keypoints", "affectnet")
 DATASETS = (GENERATED, *FROM_ARCHIVES)
 
 LABELS: dict[str, tuple["TaskName", ...]] = {
