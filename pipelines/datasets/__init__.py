@@ -21,7 +21,8 @@ if TYPE_CHECKING:  # `params` asks this module what a dataset serves
     from pipelines.params import TaskName
 
 GENERATED = "synthetic"
-FROM_ARCHIVES = ("fer2013", "ytf_keypoints", "kaggle_keypoints", "affectnet")
+# `folder` last: many an archive looks like class folders.
+FROM_ARCHIVES = ("fer2013", "ytf_keypoints", "kaggle_keypoints", "affectnet", "folder")
 DATASETS = (GENERATED, *FROM_ARCHIVES)
 
 LABELS: dict[str, tuple["TaskName", ...]] = {
