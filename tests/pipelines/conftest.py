@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import pandas as pd
 import pytest
 import yaml
 
@@ -64,7 +65,15 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
         clean.mkdir(parents=True)
         write_examples(faces, clean)
         split.mkdir(parents=True)
-        make_index(faces, params.split).to_parquet(split / "index.parquet")
+        measured = pd.DataFrame(
+            {
+                "id": [face.id for face in faces],
+                "brightness": np.linspace(0, 1, len(faces)),
+                "yaw": np.linspace(-60, 60, len(faces)),
+                "face_size": 80.0,
+            }
+        )
+        make_index(faces, "synthetic", params.split, measured).to_parquet(split / "index.parquet")
         for task in TASKS:
             shards = Path("data/augment", task)
             shards.mkdir(parents=True)
