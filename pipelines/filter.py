@@ -1,142 +1,395 @@
-"""Stage `filter`: drop what cannot be learnt from, and list every drop with its reason.
+"""Stage `filter`: audit a dataset; drop, flag or weigh down what cannot be trusted, and say why.
 
-Checks, in this order, the first that fires giving the reason:
-  defect      the source's own row is unusable (said by the dataset's builder)
-  unreadable  the picture does not decode
-  blank       its grey levels hardly vary
-  exact_duplicate  its pixels equal those of an example that is kept
-Of equal pictures the one in the official test split stays, else validation, else training; else
-the one with the smallest id. So a training copy of a test image leaves, never the other way.
+In the graph it reads data/raw/NAME, writes the examples that are kept to data/clean/NAME and the
+audit to reports/filter/NAME. With --archive it audits any archive, and writes the audit alone:
+  findings.parquet, .csv  one row a finding: id, check, score, threshold, action, evidence, weight
+  examples.parquet        one row an example: all measures, its cluster, whether it is kept
+  classes.csv             examples by class, before and after
+  report.html             all of that to look at
+The checks, and what each does, stand in params.yaml under `filter`.
 """
 
+# A spawned worker imports this module too, so what only the parent needs is imported inside.
 import argparse
-import hashlib
 import json
-from collections import Counter
-from collections.abc import Iterable
-from dataclasses import asdict
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, replace
+from functools import partial
+from itertools import chain, islice
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
 
-import pandas as pd
-
-from models.schemes import EMOTIONS
-from pipelines.checks import Finding
 from pipelines.cli import GrimaceError, run, whole_folder
-from pipelines.crops import UnreadableImageError, decode
-from pipelines.datasets.builder import count as number_of_examples
-from pipelines.datasets.builder import read
-from pipelines.datasets.example import Example
-from pipelines.datasets.table import write_examples
-from pipelines.params import Checks, load_params
-from pipelines.sheets import contact_sheet
 
-SPLIT_PRIORITY = {"test": 0, "val": 1, "train": 2, "": 3}
+if TYPE_CHECKING:
+    import numpy as np
+    import pandas as pd
+
+    from pipelines.checks import Finding
+    from pipelines.checks.judge import Kept
+    from pipelines.datasets.example import Example
+    from pipelines.params import Checks
+
+    Pictures = dict[str, list[tuple[str, np.ndarray]]]
+
+CHUNK = 512  # examples a task: a second of work, far more than handing them over costs
+SHEET = 48  # pictures shown for a check
+SHOWN_SIDE = 112  # pixels of a shown picture, at most
+
+Read = Callable[[], Iterator["Example"]]
 
 
 def main() -> None:
-    """Audit the raw dataset, write the clean one and the findings."""
+    """Audit the dataset; in the graph, write the clean one."""
+    from pipelines.checks.judge import judge
+    from pipelines.params import load_params
+
+    args = _arguments()
+    params = load_params()
+    checks = params.filter.checks_of(args.dataset)
+    restore = params.filter.restore.get(args.dataset, ())
+    report: Path = args.out or Path("reports/filter", args.dataset)
+    read, total = _source(args.dataset, args.archive)
+    _refuse_other_folder(report)
+
+    with TemporaryDirectory(prefix="grimace-filter-") as scratch:
+        measures, kept = measure_all(
+            read,
+            detectors=checks.no_face.detectors,
+            workers=params.filter.workers if args.workers is None else args.workers,
+            address=params.cluster.address,
+            previous=report / "examples.parquet",
+            scratch=Path(scratch),
+            total=total,
+        )
+        table, findings = judge(measures, kept, checks, restore)
+
+    _refuse_nothing_kept(table, findings, args.dataset)
+    if not args.archive:
+        write_clean(read, table, Path("data/clean", args.dataset))
+    show = params.filter.pictures and not args.no_pictures
+    pictures = collect_pictures(read, table, findings) if show else {}
+    counts = summary(table, findings)
+    with whole_folder(report) as partial_report:
+        write_report(partial_report, args.dataset, table, findings, pictures, checks)
+    if not args.archive:
+        report.with_suffix(".json").write_text(json.dumps(counts, indent=2) + "\n")
+    _print(counts, checks, report)
+
+
+def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--dataset", required=True, help="a dataset that `download` has fetched")
+    parser.add_argument("--dataset", required=True, help="its name, as under `download` in params")
+    parser.add_argument("--archive", type=Path, help="zip, folder or CSV to audit, instead of raw")
+    parser.add_argument("--out", type=Path, help="where the audit of --archive goes")
+    parser.add_argument("--workers", type=int, help="processes (default: filter.workers)")
+    parser.add_argument("--no-pictures", action="store_true", help="a report without any picture")
     args = parser.parse_args()
-    params = load_params().filter.checks_of(args.dataset)
-    raw = Path("data/raw", args.dataset)
-
-    findings = audit(read(raw), params)
-    dropped = {finding.id for finding in findings}
-    with whole_folder(Path("data/clean", args.dataset)) as clean:
-        kept = (example for example in read(raw) if example.id not in dropped)
-        count = write_examples(kept, clean)
-        if count + len(findings) != number_of_examples(raw):
-            raise GrimaceError(f"{raw}: kept and dropped do not add up; its ids are not unique")
-        if not count:
-            first = findings[0]
-            raise GrimaceError(
-                f"filter dropped every example of {args.dataset}; the first, {first.id}, as "
-                f"{first.check}: {first.evidence}. Check the archive, and `filter` in params.yaml"
-            )
-    report = Path("reports/filter", args.dataset)
-    with whole_folder(report) as partial:
-        summary = write_report(findings, raw, count, partial)
-    report.with_suffix(".json").write_text(json.dumps(summary, indent=2) + "\n")
-    print(json.dumps(summary, indent=2))
+    if (args.archive is None) != (args.out is None):
+        parser.error("--archive and --out go together")
+    return args
 
 
-def audit(examples: Iterable[Example], params: Checks) -> list[Finding]:
-    """Judge every example; memory grows with the number of examples, not with their pictures.
+def _source(dataset: str, archive: Path | None) -> tuple[Read, int | None]:
+    """Return what reads the examples anew, and their number where that is known beforehand."""
+    if archive:
+        from pipelines.datasets import examples
+        from pipelines.datasets.archive import open_archive
+
+        opened = open_archive(archive)
+        return lambda: examples(dataset, opened), None
+    from pipelines.datasets import builder
+
+    raw = Path("data/raw", dataset)
+    return lambda: builder.read(raw), builder.count(raw)
+
+
+def measure_all(
+    read: Read,
+    *,
+    detectors: tuple[str, ...],
+    workers: int,
+    address: str | None,
+    previous: Path,
+    scratch: Path,
+    total: int | None = None,
+) -> "tuple[pd.DataFrame, Kept]":
+    """Measure every example once, and keep of its picture only what judging it needs.
+
+    Args:
+        read: yields the examples.
+        detectors: of faces.
+        workers: processes, 0 for every core.
+        address: of a Ray cluster, or None.
+        previous: the table of an earlier audit; rows of unchanged examples are taken over.
+        scratch: a folder for the small pictures, which are mapped, not loaded.
+        total: number of examples, for the progress bar.
+
+    Raises:
+        GrimaceError: there are no examples, or their ids are not unique.
+    """
+    import numpy as np
+    import pandas as pd
+    from tqdm import tqdm
+
+    from pipelines.checks import duplicates
+    from pipelines.checks.judge import Kept
+    from pipelines.checks.measures import FACE_SIDE, digest, measure, settings_digest
+    from pipelines.fanout import fan_out
+
+    known = _earlier_rows(previous)
+    settings = settings_digest(detectors)
+    ids: list[str] = []
+    order: list[str] = []
+    landmarks: list[np.ndarray] = []
+    visible: list[np.ndarray] = []
+
+    def keyed() -> Iterator[tuple["Example", str, bool]]:
+        for example in read():
+            key = digest(example, settings)
+            ids.append(example.id)
+            order.append(key)
+            landmarks.append(example.landmarks)
+            visible.append(example.visible)
+            yield example, key, key in known.index
+
+    chunks = _chunked(keyed())
+    first = list(islice(chunks, 2))
+    if len(first) < 2:
+        workers = 1  # quicker done than another process is started
+    results = fan_out(
+        partial(measure, detectors=detectors),
+        chain(first, chunks),
+        workers or len(os.sched_getaffinity(0)),
+        address,
+    )
+    frames = [known]
+    with (
+        (scratch / "small").open("wb") as small,
+        (scratch / "faces").open("wb") as faces,
+        tqdm(total=total, desc="measuring", unit=" examples") as progress,
+    ):
+        for result in results:
+            frames.append(result.rows.set_index("digest", drop=False))
+            small.write(result.small.tobytes())
+            faces.write(result.faces.tobytes())
+            progress.update(len(result.small))
+    if not ids:
+        raise GrimaceError("there is no example to filter: check the archive")
+    if len(set(ids)) < len(ids):
+        raise GrimaceError("ids are not unique; fetch the dataset anew")
+    shape = (len(ids), duplicates.SIDE, duplicates.SIDE)
+    face_shape = (len(ids), FACE_SIDE, FACE_SIDE)
+    kept = Kept(
+        np.memmap(scratch / "small", np.uint8, "r", shape=shape),
+        np.memmap(scratch / "faces", np.uint8, "r", shape=face_shape),
+        landmarks,
+        visible,
+    )
+    rows = pd.concat([frame for frame in frames if len(frame)])
+    return rows.loc[order].reset_index(drop=True), kept
+
+
+def _earlier_rows(path: Path) -> "pd.DataFrame":
+    """Return the measures in the table of an earlier audit, by digest."""
+    import pandas as pd
+
+    from pipelines.checks.judge import DERIVED
+
+    if not path.exists():
+        return pd.DataFrame()
+    return pd.read_parquet(path).drop(columns=DERIVED).set_index("digest", drop=False)
+
+
+def _chunked(stream: Iterator[Any]) -> Iterator[list[Any]]:
+    while chunk := list(islice(stream, CHUNK)):
+        yield chunk
+
+
+def write_clean(read: Read, table: "pd.DataFrame", folder: Path) -> None:
+    """Write the examples that are kept, with their cluster and weight.
+
+    Raises:
+        GrimaceError: the data changed meanwhile.
+    """
+    from pipelines.datasets.table import write_examples
+
+    kept = table[table["kept"]]
+    fates = dict(zip(kept["id"], zip(kept["cluster"], kept["weight"], strict=True), strict=True))
+    with whole_folder(folder) as clean:
+        examples = (
+            replace(example, cluster=fates[example.id][0], weight=fates[example.id][1])
+            for example in read()
+            if example.id in fates
+        )
+        if write_examples(examples, clean) != len(kept):
+            raise GrimaceError(f"kept and dropped do not add up: the raw data of {folder} changed")
+
+
+def collect_pictures(
+    read: Read, table: "pd.DataFrame", findings: "Sequence[Finding]"
+) -> "Pictures":
+    """Collect small pictures of what each check found, at most 48 each.
 
     Returns:
-        Findings in the order of the examples, at most one for each.
+        By check, captions and uint8 (H, W, 3) pictures of at most 112 pixels; landmarks are drawn
+        where they are what was judged.
     """
-    findings: dict[str, Finding] = {}
-    twins: dict[bytes, list[tuple[int, str]]] = {}
-    order: list[str] = []
-    for example in examples:
-        order.append(example.id)
-        finding, digest = _judge(example, params)
-        if finding:
-            findings[example.id] = finding
-        elif params.exact_duplicate.action != "off":
-            rank = SPLIT_PRIORITY[example.official_split]
-            twins.setdefault(digest, []).append((rank, example.id))
-    for group in twins.values():
-        (_, kept), *others = sorted(group)
-        for _, other in others:
-            evidence = f"same pixels as {kept}, which is kept"
-            findings[other] = Finding(other, "exact_duplicate", 1.0, 1.0, "drop", evidence)
-    return [findings[id] for id in order if id in findings]
+    from pipelines.crops import UnreadableImageError, decode
 
-
-def _judge(example: Example, params: Checks) -> tuple[Finding | None, bytes]:
-    """Return the finding that one example gives by itself, and a digest of its pixels."""
-    nan = float("nan")
-    if example.defect:
-        return Finding(example.id, "defect", nan, nan, "drop", example.defect), b""
-    try:
-        pixels = decode(example.image, 3)
-    except UnreadableImageError as error:
-        return Finding(example.id, "unreadable", nan, nan, "drop", str(error)), b""
-    spread = float(pixels.std(axis=(0, 1)).max())
-    if spread < params.blank.std:
-        evidence = f"grey levels vary by {spread:.2f} of 255"
-        bound = params.blank.std
-        return Finding(example.id, "blank", spread, bound, "drop", evidence), b""
-    return None, hashlib.sha256(repr(pixels.shape).encode() + pixels.tobytes()).digest()
-
-
-def write_report(findings: list[Finding], raw: Path, kept: int, out: Path) -> dict[str, Any]:
-    """Write findings, kept examples by class and one contact sheet a check; return counts."""
-    columns = list(Finding.__dataclass_fields__)
-    table = pd.DataFrame([asdict(finding) for finding in findings], columns=columns)
-    table.to_parquet(out / "findings.parquet", index=False)
-    table.to_csv(out / "findings.csv", index=False)
-    reasons = Counter(finding.check for finding in findings)
-    wanted = {f.id: f.check for f in findings if f.check not in ("defect", "unreadable")}
-    shown: dict[str, list[Example]] = {}
-    dropped = {finding.id for finding in findings}
-    classes: Counter[str] = Counter()
-    for example in read(raw):
-        if example.id not in dropped:
-            classes[EMOTIONS[example.emotion] if example.emotion >= 0 else "unlabelled"] += 1
-        elif example.id in wanted and len(shown.setdefault(wanted[example.id], [])) < 48:
-            shown[wanted[example.id]].append(example)
-    for check, examples in shown.items():
-        contact_sheet(
-            [decode(example.image, 3) for example in examples],
-            [example.id for example in examples],
-            out / f"{check}.png",
-            title=f"{raw.name}: {check}, {len(examples)} of {reasons[check]}",
-        )
-    by_class = pd.DataFrame(sorted(classes.items()), columns=["class", "kept"])
-    by_class.to_csv(out / "classes.csv", index=False)
+    wanted: dict[str, list[tuple[str, int]]] = {}
+    chosen = choose_pictures(table, findings)
+    for check, ids in chosen.items():
+        for place, id in enumerate(ids):
+            wanted.setdefault(id, []).append((check, place))
+    rows = table.set_index("id")
+    found: dict[str, dict[int, tuple[str, np.ndarray]]] = {check: {} for check in chosen}
+    for example in read():
+        if example.id not in wanted:
+            continue
+        try:
+            rgb = decode(example.image, 3)
+        except UnreadableImageError:
+            continue
+        row = rows.loc[example.id]
+        caption = f"{example.id} {row['class']} {'kept' if row['kept'] else 'dropped'}"
+        for check, place in wanted[example.id]:
+            drawn = check.startswith("landmarks")
+            found[check][place] = (caption, _thumbnail(rgb, example if drawn else None))
     return {
-        "raw": kept + len(findings),
-        "kept": kept,
-        "dropped": len(findings),
-        "dropped_by_check": dict(sorted(reasons.items())),
+        check: [pictures[place] for place in sorted(pictures)]
+        for check, pictures in found.items()
+        if pictures
     }
+
+
+def choose_pictures(table: "pd.DataFrame", findings: "Sequence[Finding]") -> dict[str, list[str]]:
+    """Choose what to show of each check: evenly from the worst score to the mildest.
+
+    Of copies, whole clusters are shown, side by side.
+    """
+    import numpy as np
+
+    members = table[table["cluster"] != ""].groupby("cluster")["id"].apply(list).to_dict()
+    cluster = dict(zip(table["id"], table["cluster"], strict=True))
+    by_check: dict[str, list[Finding]] = {}
+    for finding in findings:
+        by_check.setdefault(finding.check, []).append(finding)
+    chosen: dict[str, list[str]] = {}
+    for check, found in by_check.items():
+        if check in ("exact_duplicate", "near_duplicate", "label_conflict"):
+            names = dict.fromkeys(cluster[finding.id] for finding in found)
+            ids = [id for name in names for id in members[name]][:SHEET]
+        else:
+            ranked = sorted(found, key=lambda finding: finding.score)
+            places = np.linspace(0, len(ranked) - 1, min(SHEET, len(ranked))).round().astype(int)
+            ids = [ranked[place].id for place in places]
+        chosen[check] = ids
+    return chosen
+
+
+def _thumbnail(rgb: "np.ndarray", drawn: "Example | None") -> "np.ndarray":
+    import cv2
+
+    scale = SHOWN_SIDE / max(rgb.shape[:2])
+    if scale < 1 or drawn:  # points want room
+        size = (max(1, round(rgb.shape[1] * scale)), max(1, round(rgb.shape[0] * scale)))
+        rgb = cv2.resize(rgb, size, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR)
+    if drawn:
+        rgb = rgb.copy()
+        for x, y in (drawn.landmarks[drawn.visible] + 0.5) * scale - 0.5:
+            cv2.circle(rgb, (round(float(x)), round(float(y))), 1, (0, 255, 0), -1)
+    return rgb
+
+
+def summary(table: "pd.DataFrame", findings: "Sequence[Finding]") -> dict[str, Any]:
+    """Return the counts that stand beside the report."""
+    import pandas as pd
+
+    def by_check(checks: "pd.Series[str]") -> dict[str, int]:
+        return {str(name): int(number) for name, number in sorted(checks.value_counts().items())}
+
+    return {
+        "raw": len(table),
+        "kept": int(table["kept"].sum()),
+        "dropped": int((~table["kept"]).sum()),
+        "weighted": int((table["kept"] & (table["weight"] < 1)).sum()),
+        "seed_kept": int(table["seed_kept"].sum()),
+        "dropped_by_check": by_check(table.loc[~table["kept"], "reason"]),
+        "found_by_check": by_check(pd.Series([finding.check for finding in findings], dtype=str)),
+    }
+
+
+def write_report(
+    folder: Path,
+    dataset: str,
+    table: "pd.DataFrame",
+    findings: "Sequence[Finding]",
+    pictures: "Pictures",
+    checks: "Checks",
+) -> None:
+    """Write the tables and the page of an audit."""
+    import pandas as pd
+
+    from pipelines.checks import Finding
+    from pipelines.pages.audit import write_audit
+
+    columns = list(Finding.__dataclass_fields__)
+    numbers = dict.fromkeys(("score", "threshold", "weight"), "float64")
+    listed = pd.DataFrame([asdict(finding) for finding in findings], columns=columns)
+    listed = listed.astype(dict.fromkeys(columns, "str") | numbers)
+    listed.to_parquet(folder / "findings.parquet", index=False)
+    listed.to_csv(folder / "findings.csv", index=False)
+    table.to_parquet(folder / "examples.parquet", index=False)
+    classes = table.groupby("class").agg(raw=("id", "size"), kept=("kept", "sum"))
+    classes.to_csv(folder / "classes.csv")
+    write_audit(
+        folder / "report.html",
+        dataset=dataset,
+        table=table,
+        findings=listed,
+        pictures=pictures,
+        checks=checks,
+    )
+
+
+def _refuse_other_folder(folder: Path) -> None:
+    """Keep a mistyped --out from replacing a folder that is no audit."""
+    taken = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
+    if taken and not (folder / "findings.parquet").exists():
+        raise GrimaceError(f"{folder} is there and holds no audit: name a new folder")
+
+
+def _refuse_nothing_kept(
+    table: "pd.DataFrame", findings: "Sequence[Finding]", dataset: str
+) -> None:
+    if table["kept"].any():
+        return
+    first = next(finding for finding in findings if finding.action == "drop")
+    raise GrimaceError(
+        f"filter dropped every example of {dataset}; the first, {first.id}, as "
+        f"{first.check}: {first.evidence}. Check the archive, and `filter` in params.yaml"
+    )
+
+
+def _print(counts: dict[str, Any], checks: "Checks", report: Path) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    title = "{raw:,} examples: {kept:,} kept, {dropped:,} dropped, {weighted:,} weighed down"
+    shown = Table(title=title.format(**counts))
+    for column in ("check", "action", "found", "dropped"):
+        shown.add_column(column, justify="left" if column in ("check", "action") else "right")
+    for name in type(checks).model_fields:
+        found = counts["found_by_check"].get(name, 0)
+        dropped = counts["dropped_by_check"].get(name, 0)
+        shown.add_row(name, getattr(checks, name).action, f"{found:,}", f"{dropped:,}")
+    Console().print(shown)
+    print(f"the report: {report / 'report.html'}")
 
 
 if __name__ == "__main__":

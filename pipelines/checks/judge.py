@@ -1,0 +1,290 @@
+"""Turn measures into findings: which examples to drop, flag or weigh down, and why.
+
+What needs the whole dataset is done here: copies, the shape model, out-of-fold predictions.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pandas as pd
+
+from pipelines.checks import FACTS, Finding, duplicates
+from pipelines.checks.landmarks import implausible
+from pipelines.params import Above, Below, Check, Checks
+
+NAN = float("nan")
+SEED = 2026  # of the folds
+
+# The columns that judging adds to the measures.
+DERIVED = ["landmarks_implausible", "label_quality", "cluster", "kept", "weight", "reason"]
+
+# Of equal pictures the one in the official test split stays, else validation, else training.
+PRIORITY = {"test": 0, "val": 1, "train": 2, "": 3}
+HELD_OUT = ("test", "val")
+
+# Checks that compare a column with their threshold, and what the evidence says of its value.
+COMPARED = {
+    "dark": ("dark", "its brightest parts reach {:.2f} of 1"),
+    "bright": ("bright", "its darkest parts reach {:.2f} of 1"),
+    "low_information": ("low_information", "holds {:.2f} of the information a picture can"),
+    "blurred": ("blurred", "sharpness {:.2f} of 1"),
+    "small_face": ("face_size", "the face is {:.0f} pixels long"),
+    "cut_off": ("cut_off", "{:.0%} of the face box lies outside the picture"),
+    "landmarks_outside": ("landmarks_outside", "{:.0%} of the points lie outside the picture"),
+    "landmarks_implausible": (
+        "landmarks_implausible",
+        "{:.1f} robust standard deviations from the usual shapes",
+    ),
+}
+# Checks that are 1 in a column of their own name where they fire.
+MARKED = {
+    "landmarks_folded": "the landmarks fold over each other",
+    "landmarks_mirrored": "left and right landmarks are swapped",
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Kept:
+    """What is kept of n examples besides their measures, in the same order.
+
+    Attributes:
+        small: uint8 (n, 32, 32), the whole pictures in grey.
+        faces: uint8 (n, S, S), the face crops in grey.
+        landmarks: float (N, 2) each, pixels.
+        visible: bool (N,) each.
+    """
+
+    small: np.ndarray
+    faces: np.ndarray
+    landmarks: Sequence[np.ndarray]
+    visible: Sequence[np.ndarray]
+
+
+def judge(
+    measures: pd.DataFrame, kept: Kept, checks: Checks, restore: Sequence[str] = ()
+) -> tuple[pd.DataFrame, list[Finding]]:
+    """Judge all examples of a dataset.
+
+    Args:
+        measures: n rows, as `pipelines.checks.measures` makes them.
+        kept: of the same examples.
+        checks: what to look for, and what to do about it.
+        restore: ids that are not dropped.
+
+    Returns:
+        The measures with more columns: `landmarks_implausible`, `label_quality`, `cluster`,
+        `kept` (bool), `weight`, and `reason` (the first check that drops it, else ""); and the
+        findings, in the order of the checks and then of the examples.
+    """
+    table = measures.reset_index(drop=True)
+    findings = [*_unusable(table, checks), *_blank(table, checks)]
+    sound = table[table["std"].notna() & ~table["id"].isin(_dropped(findings))]
+    copies, table["cluster"] = _copies(table, sound, kept.small, checks)
+    findings += copies
+    findings += _no_face(table, checks)
+    table["landmarks_implausible"] = _implausible(table, kept, checks)
+    for name, (column, words) in COMPARED.items():
+        findings += _beyond(table, name, getattr(checks, name), column, words)
+    for name, words in MARKED.items():
+        marked = table[table[name] == 1]
+        findings += _found(marked, name, getattr(checks, name), [words] * len(marked))
+    table["label_quality"] = NAN
+    findings += _mislabelled(table, sound[~sound["id"].isin(_dropped(findings))], kept, checks)
+    findings = _restored(findings, restore)
+    return _decided(table, findings), _in_order(findings, table)
+
+
+def _found(
+    rows: pd.DataFrame,
+    check: str,
+    rule: Check,
+    evidence: Sequence[str],
+    score: Sequence[float] | None = None,
+    threshold: float = NAN,
+) -> list[Finding]:
+    """Make one finding a row; none where the check is off."""
+    if rule.action == "off":
+        return []
+    scores = [NAN] * len(rows) if score is None else score
+    findings = []
+    for id, split, value, words in zip(
+        rows["id"], rows["official_split"], scores, evidence, strict=True
+    ):
+        action, text = rule.action, words
+        if split in HELD_OUT and check not in FACTS and action != "flag":
+            action, text = "flag", f"{words} (only flagged: in the official {split} split)"
+        weight = rule.weight if action == "weight" else 1.0
+        findings.append(Finding(id, check, float(value), threshold, action, text, weight))
+    return findings
+
+
+def _dropped(findings: Sequence[Finding]) -> set[str]:
+    return {finding.id for finding in findings if finding.action == "drop"}
+
+
+def _unusable(table: pd.DataFrame, checks: Checks) -> list[Finding]:
+    defects = table[table["defect"] != ""]
+    unreadable = table[table["unreadable"] != ""]
+    return [
+        *_found(defects, "defect", checks.defect, defects["defect"].tolist()),
+        *_found(unreadable, "unreadable", checks.unreadable, unreadable["unreadable"].tolist()),
+    ]
+
+
+def _blank(table: pd.DataFrame, checks: Checks) -> list[Finding]:
+    rule = checks.blank
+    blank = table[table["std"] < rule.std]
+    evidence = [f"grey levels vary by {std:.2f} of 255" for std in blank["std"]]
+    return _found(blank, "blank", rule, evidence, blank["std"].tolist(), rule.std)
+
+
+def _copies(
+    table: pd.DataFrame, sound: pd.DataFrame, small: np.ndarray, checks: Checks
+) -> tuple[list[Finding], list[str]]:
+    """Find copies and near copies among the sound pictures; name their clusters, row by row."""
+    rank = sound["official_split"].map(PRIORITY)
+    ordered = sound.assign(rank=rank).sort_values(["rank", "id"], kind="stable")
+    findings: list[Finding] = []
+    pairs = [np.zeros((0, 2), np.int64)]
+    distinct = ordered
+    if checks.exact_duplicate.action != "off":
+        distinct = ordered.drop_duplicates("pixels")
+        first = ordered["pixels"].map(pd.Series(distinct.index, distinct["pixels"]))
+        copies = sound[first.loc[sound.index] != sound.index]
+        originals = first[copies.index]
+        evidence = [f"same pixels as {id}, which is kept" for id in table["id"][originals]]
+        scores = [1.0] * len(copies)
+        findings += _found(copies, "exact_duplicate", checks.exact_duplicate, evidence, scores, 1.0)
+        pairs.append(np.column_stack([originals, copies.index]))
+    rule = checks.near_duplicate
+    if rule.action != "off":
+        rows = distinct.index.to_numpy()
+        near = duplicates.near_copies(
+            distinct["hash"].to_numpy(),
+            distinct["mirror_hash"].to_numpy(),
+            small,
+            rows,
+            rule.distance,
+            rule.correlation,
+        )
+        pairs.append(rows[near.pairs])
+        surplus = duplicates.surplus(near)
+        copies = table.loc[[rows[position] for position, _, _ in surplus]]
+        kinds = np.where(near.mirrored, "mirror image", "near copy")
+        evidence = [f"{kinds[pair]} of {table['id'][rows[stays]]}" for _, stays, pair in surplus]
+        scores = [float(near.correlations[pair]) for _, _, pair in surplus]
+        findings += _found(copies, "near_duplicate", rule, evidence, scores, rule.correlation)
+    clusters = duplicates.clusters(table["id"].tolist(), np.concatenate(pairs))
+    findings += _conflicts(sound.assign(cluster=pd.Series(clusters)), checks)
+    return findings, clusters
+
+
+def _conflicts(sound: pd.DataFrame, checks: Checks) -> list[Finding]:
+    """Find copies whose labels differ."""
+    labelled = sound[sound["class"] != "unlabelled"]
+    groups = labelled.groupby("pixels")["class"]
+    conflicting = labelled[groups.transform("nunique") > 1]
+    named = groups.agg(lambda classes: " and ".join(sorted(set(classes))))
+    evidence = [f"copies of it are labelled {named[pixels]}" for pixels in conflicting["pixels"]]
+    return _found(conflicting, "label_conflict", checks.label_conflict, evidence)
+
+
+def _no_face(table: pd.DataFrame, checks: Checks) -> list[Finding]:
+    rule = checks.no_face
+    counts = table[list(rule.detectors)]
+    votes = (counts > 0).sum(axis=1)
+    faceless = table[counts.notna().all(axis=1) & (votes < rule.votes)]
+    names = ", ".join(rule.detectors)
+    evidence = [f"{votes[row]} of {names} see a face" for row in faceless.index]
+    scores = votes[faceless.index].tolist()
+    return _found(faceless, "no_face", rule, evidence, scores, float(rule.votes))
+
+
+def _implausible(table: pd.DataFrame, kept: Kept, checks: Checks) -> np.ndarray:
+    """Score every shape against all with as many points; NaN where there are none."""
+    scores = np.full(len(table), NAN)
+    if checks.landmarks_implausible.action == "off":
+        return scores
+    sizes = np.array([len(points) for points in kept.landmarks]) * table["std"].notna()
+    for size in np.unique(sizes[sizes > 0]):
+        rows = np.flatnonzero(sizes == size).tolist()
+        landmarks = np.stack([kept.landmarks[row] for row in rows])
+        scores[rows] = implausible(landmarks, np.stack([kept.visible[row] for row in rows]))
+    return scores
+
+
+def _beyond(
+    table: pd.DataFrame, name: str, rule: Below | Above, column: str, words: str
+) -> list[Finding]:
+    values = table[column]
+    beyond = values < rule.threshold if isinstance(rule, Below) else values > rule.threshold
+    rows = table[beyond]
+    scores = rows[column].tolist()
+    evidence = [words.format(score) for score in scores]
+    return _found(rows, name, rule, evidence, scores, rule.threshold)
+
+
+def _mislabelled(
+    table: pd.DataFrame, candidates: pd.DataFrame, kept: Kept, checks: Checks
+) -> list[Finding]:
+    """Doubt labels by the other examples'.
+
+    What is held out officially is neither doubted nor learnt from: the test labels must not
+    decide which training labels count.
+    """
+    rule = checks.mislabelled
+    rows = candidates[(candidates["label"] >= 0) & ~candidates["official_split"].isin(HELD_OUT)]
+    if rule.action == "off" or rows["label"].nunique() < 2:
+        return []
+    from pipelines.checks.labels import suspected  # loads scikit-learn, cleanlab and more
+
+    # A person's pictures, and copies of a picture, must not be on both sides of a fold.
+    groups = rows["person"].where(rows["person"] != "", rows["id"])
+    cluster = table["cluster"][rows.index]
+    groups = groups.where((cluster == "") | (rows["person"] != ""), cluster)
+    quality, doubted = suspected(
+        kept.faces[rows.index][..., None],
+        rows["label"].to_numpy(),
+        groups.tolist(),
+        rule,
+        SEED,
+    )
+    table.loc[rows.index, "label_quality"] = quality
+    wrong = rows[doubted & (quality < rule.threshold)]
+    scores = table["label_quality"][wrong.index].tolist()
+    evidence = [
+        f"labelled {given}, which others like it make {score:.0%} probable"
+        for given, score in zip(wrong["class"], scores, strict=True)
+    ]
+    return _found(wrong, "mislabelled", rule, evidence, scores, rule.threshold)
+
+
+def _restored(findings: Sequence[Finding], restore: Sequence[str]) -> list[Finding]:
+    ids = set(restore)
+    return [
+        replace(finding, action="restored")
+        if finding.id in ids and finding.action == "drop"
+        else finding
+        for finding in findings
+    ]
+
+
+def _decided(table: pd.DataFrame, findings: Sequence[Finding]) -> pd.DataFrame:
+    """Fill in what the findings mean for each example."""
+    order = list(Checks.model_fields)
+    reasons: dict[str, str] = {}
+    weights: dict[str, float] = {}
+    for finding in sorted(findings, key=lambda finding: order.index(finding.check)):
+        if finding.action == "drop":
+            reasons.setdefault(finding.id, finding.check)
+        weights[finding.id] = min(weights.get(finding.id, 1.0), finding.weight)
+    reason = table["id"].map(reasons).fillna("")
+    weight = table["id"].map(weights).fillna(1.0)
+    return table.assign(kept=reason == "", weight=weight, reason=reason)
+
+
+def _in_order(findings: Sequence[Finding], table: pd.DataFrame) -> list[Finding]:
+    checks = {name: number for number, name in enumerate(Checks.model_fields)}
+    rows = {id: number for number, id in enumerate(table["id"])}
+    return sorted(findings, key=lambda finding: (checks[finding.check], rows[finding.id]))
