@@ -19,7 +19,7 @@ def distribution(series: Mapping[str, np.ndarray], title: str, unit: str) -> Mar
     """Draw histograms over each other, on one scale; the outermost bars hold all beyond.
 
     Args:
-        series: by name, finite numbers; up to two, the first the whole and the second its part.
+        series: by name, finite numbers: one, or a whole and a part of it.
         title: what was measured.
         unit: below the axis.
     """
@@ -35,8 +35,9 @@ def distribution(series: Mapping[str, np.ndarray], title: str, unit: str) -> Mar
     }
 
     def draw(axes: Any) -> None:
-        for (name, counts), role in zip(counted.items(), ROLES, strict=False):
-            fill = role == "pale"
+        roles = ROLES if len(series) > 1 else ROLES[1:]
+        for (name, counts), role in zip(counted.items(), roles, strict=False):
+            fill = role == roles[0]
             axes.stairs(
                 counts,
                 edges,
@@ -52,9 +53,11 @@ def distribution(series: Mapping[str, np.ndarray], title: str, unit: str) -> Mar
             axes.legend()
 
     medians = ", ".join(
-        f"{name} {np.median(values):.3g}" for name, values in series.items() if len(values)
+        f"{np.median(values):.3g}" + (f" ({name})" if len(series) > 1 else "")
+        for name, values in series.items()
+        if len(values)
     )
-    return figure(draw, f"Histogram: {title}, {unit}. Medians: {medians}.", f"Median {medians}.")
+    return figure(draw, f"Histogram: {title}, {unit}. Median {medians}.", f"Median {medians}.")
 
 
 def bars(counts: pd.DataFrame, title: str) -> Markup:
@@ -167,6 +170,68 @@ def missing_points(patterns: Mapping[str, int], names: Sequence[str] = ()) -> Ma
         f"A row is a pattern and its share of the {total:,} rows; a square is a labelled point, a "
         f"dot a missing one.{rest}",
         size=(5.2, 1.2 + 0.26 * len(shown) + (0.9 if names else 0)),
+    )
+
+
+def heat_map(counts: np.ndarray, title: str) -> Markup:
+    """Draw how many points fall on each part of the pictures.
+
+    Args:
+        counts: (R, C), the top row first, over the whole of the picture.
+        title: what is counted.
+    """
+    from matplotlib.colors import LinearSegmentedColormap
+
+    # Seen on light and on dark paper alike, through which none shows.
+    heat = LinearSegmentedColormap.from_list("heat", [(0.16, 0.6, 0.66, 0), (0.16, 0.6, 0.66, 1)])
+
+    def draw(axes: Any) -> None:
+        # The root shows the thinly covered parts too.
+        axes.imshow(np.sqrt(counts), cmap=heat, extent=(0, 1, 1, 0), interpolation="nearest")
+        axes.set_title(title)
+        axes.set_xlabel("of the picture's width")
+        axes.set_ylabel("of its height")
+        axes.grid(visible=False)
+
+    rows, columns = (np.arange(size) + 0.5 for size in counts.shape)
+    y = float((counts.sum(1) * rows).sum() / counts.sum() / len(rows))
+    x = float((counts.sum(0) * columns).sum() / counts.sum() / len(columns))
+    return figure(
+        draw,
+        f"Heat map: {title}. Their centre lies at {x:.0%} of the width, {y:.0%} of the height.",
+        f"{counts.sum():,.0f} points; the denser, the stronger the colour.",
+        size=(4.0, 3.6),
+    )
+
+
+def mean_shape(mean: np.ndarray, spread: np.ndarray, title: str) -> Markup:
+    """Draw points where they lie on average, each in an ellipse of one standard deviation.
+
+    Args:
+        mean: (N, 2), y down; NaN where there is none.
+        spread: (N, 2), standard deviations along x and y.
+        title: above it.
+    """
+    from matplotlib.patches import Ellipse
+
+    def draw(axes: Any) -> None:
+        for (x, y), (wide, high) in zip(mean, spread, strict=True):
+            ellipse = Ellipse((x, y), 2 * wide, 2 * high, color=colour("pale"), linewidth=0)
+            ellipse.set_alpha(0.6)
+            axes.add_patch(ellipse)
+        axes.plot(*mean.T, "o", color=colour("main"), markersize=3)
+        axes.set_aspect("equal")
+        axes.invert_yaxis()
+        axes.set_axis_off()
+        axes.set_title(title)
+
+    widest = float(np.nanmean(spread))
+    return figure(
+        draw,
+        f"{len(mean)} points of the mean face, scattered by {widest:.1%} of the distance between "
+        "the eyes on average.",
+        "Turned and scaled so that the eyes coincide; an ellipse is one standard deviation.",
+        size=(4.0, 3.6),
     )
 
 
