@@ -1,42 +1,52 @@
 """Stage `augment`: turn the train side into augmented shards; validation is only cropped.
 
-Every view of every image is drawn from a seed made of the stage's seed, the image's id and the
-view's number, so neither the number of processes nor other images change it. Processes write
-straight into their own rows of the shared files.
+Parts are read and shards written here, one after the other; the work between is fanned out, and
+the number of processes changes nothing. Rows that the last run made from the same things are taken
+over from it.
 """
 
 import argparse
 import hashlib
 import json
 import os
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass
-from multiprocessing import get_context
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from importlib.metadata import version
+from io import BufferedWriter
+from itertools import islice, tee
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import cv2
 import numpy as np
 import pandas as pd
-from numpy.lib.format import open_memmap
 from tqdm import tqdm
 
 from models.schemes import EMOTIONS, SCHEMES
 from pipelines.cli import GrimaceError, run, whole_folder
-from pipelines.crops import crop, decode, face_box, jitter_box, to_crop
-from pipelines.datasets.example import Box, Example
+from pipelines.crops import decode
+from pipelines.datasets.example import Example
 from pipelines.datasets.table import parts, read_examples
-from pipelines.params import AugmentTask, Task, TaskName, load_params
+from pipelines.fanout import fan_out
+from pipelines.params import TaskName, load_params
 from pipelines.shards import read_view
 from pipelines.sheets import contact_sheet
+from pipelines.views import Recipe, augmented_view, build_policy, plain_view, seed_of
 
-# Rotations and perspectives are drawn on a crop this much wider and trimmed afterwards, so that
-# their corners show the picture's surroundings rather than a repeated edge.
-CONTEXT = 1 / 8
+CHUNK_BYTES = 2**22  # of results, made in one go
 
-# A triangle that travels with the landmarks: when its orientation turns, the picture was mirrored
-# and left and right points must swap names, whichever transform did it.
-PROBE = np.array([[0.4, 0.4], [0.6, 0.4], [0.4, 0.6]])
+Side = Literal["train", "val"]
+SIDES: tuple[Side, ...] = ("train", "val")
+
+# What each view of each side is stored as.
+KINDS = {"emotion": ("images",), "landmarks": ("images", "landmarks", "visible")}
+
+# What a row follows from besides its example and its recipe.
+ROOT = Path(__file__).parents[1]
+SOURCES = ("pipelines/augment.py", "pipelines/views.py", "pipelines/crops.py", "models/schemes.py")
+LIBRARIES = ("albumentations", "opencv-python-headless", "numpy", "pillow")
 
 
 def main() -> None:
@@ -46,35 +56,46 @@ def main() -> None:
     args = parser.parse_args()
     params = load_params()
     task = params.tasks.named(args.task)
-    settings = params.augment.named(args.task)
-    build_policy(settings, task, args.task)
-    clean = Path("data/clean", task.dataset)
-    index = usable(clean, Path("data/split", task.dataset, "index.parquet"), args.task)
+    recipe = Recipe(args.task, task, params.augment.named(args.task), params.augment.seed)
+    build_policy(recipe.settings, task, args.task)
+    split = Path("data/split", task.dataset, "index.parquet")
+    index = usable(Path("data/clean", task.dataset), split, args.task)
 
-    with whole_folder(Path("data/augment", args.task)) as out:
-        job = Job(args.task, task, settings, params.augment.seed, clean, out)
-        write_shards(job, index, params.augment.workers or os.cpu_count() or 1)
+    shards = Path("data/augment", args.task)
+    workers = params.augment.workers or os.cpu_count() or 1
+    with whole_folder(shards) as out:
+        taken_over = write_shards(recipe, index, out, workers, params.cluster.address, shards)
+    print(f"{taken_over} rows taken over from the last run")
     with whole_folder(Path("reports/augment", args.task)) as report:
-        draw_sheet(Path("data/augment", args.task), settings.views, report / "views.png")
+        draw_sheet(shards, recipe.settings.views, report / "views.png")
 
 
-@dataclass(frozen=True)
-class Job:
-    """All that a worker process needs to know."""
+class Row(NamedTuple):
+    """One row of the shards to be.
 
-    name: TaskName
-    task: Task
-    settings: AugmentTask
-    seed: int
-    clean: Path
-    out: Path
+    Attributes:
+        example: what it is made from.
+        side: where it stands.
+        copy: 0, or the number of the further copy that balancing asks for.
+        digest: of all that it follows from.
+        old: where the last run has it, None where it has not.
+    """
+
+    example: Example
+    side: Side
+    copy: int
+    digest: bytes
+    old: int | None
 
 
 def usable(clean: Path, index_path: Path, name: TaskName) -> pd.DataFrame:
-    """Return the rows of the split index that carry a label for the task, in the clean order.
+    """Return the examples of the split index that carry a label for the task, in the clean order.
 
     Returns:
-        Columns part (file), id, split, row (position within its side).
+        Columns part (file), id, split, points (number of landmarks), emotion, weight.
+
+    Raises:
+        GrimaceError: no example has a label for the task.
     """
     split = pd.read_parquet(index_path).set_index("id")["split"]
     rows = []
@@ -82,235 +103,290 @@ def usable(clean: Path, index_path: Path, name: TaskName) -> pd.DataFrame:
         for example in read_examples(part, images=False):
             labelled = example.emotion >= 0 if name == "emotion" else example.visible.any()
             if labelled:
-                rows.append((part, example.id, split[example.id], len(example.landmarks)))
-    index = pd.DataFrame(rows, columns=["part", "id", "split", "points"])
+                points, side = len(example.landmarks), split[example.id]
+                rows.append((part, example.id, side, points, example.emotion, example.weight))
+    index = pd.DataFrame(rows, columns=["part", "id", "split", "points", "emotion", "weight"])
     if index.empty:
         raise GrimaceError(
             f"{clean.name} has no labels for task {name}: set tasks.{name}.dataset to one that has"
         )
-    index["row"] = index.groupby("split").cumcount()
     return index
 
 
-def write_shards(job: Job, index: pd.DataFrame, workers: int) -> None:
-    """Write `pipelines.shards` files for the train and val rows of an index."""
-    points = int(index["points"].iloc[0])
-    counts = {}
-    for side, views in (("train", job.settings.views), ("val", 1)):
-        rows = index[index["split"] == side]
-        counts[side] = len(rows)
-        if rows.empty:
-            raise GrimaceError(f"{job.clean.name}: the {side} side has no labels for {job.name}")
-        _allocate(job, side, list(rows["id"]), views, points)
-    todo = index[index["split"].isin(["train", "val"])]
-    chunks = [(Path(str(part)), rows) for part, rows in todo.groupby("part")]
-    with (
-        ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool,
-        tqdm(total=len(todo), desc=f"augment {job.name}", unit="img") as progress,
-    ):
-        for done in as_completed([pool.submit(_write_chunk, job, *chunk) for chunk in chunks]):
-            progress.update(done.result())
-    meta: dict[str, Any] = {
-        "task": job.name,
-        "dataset": job.task.dataset,
-        "size": job.task.size,
-        "channels": job.task.channels,
-        "margin": job.task.margin,
-        "views": job.settings.views,
-        "counts": counts,
-    }
-    if job.name == "emotion":
-        meta["classes"] = EMOTIONS
-    else:
-        meta |= {"scheme": SCHEMES[points].name, "points": points}
-    (job.out / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
-
-
-def _allocate(job: Job, side: str, ids: list[str], views: int, points: int) -> None:
-    folder = job.out / side
-    folder.mkdir()
-    np.save(folder / "ids.npy", np.array(ids))
-    count, size = len(ids), job.task.size
-    arrays: dict[str, tuple[tuple[int, ...], type]] = {}
-    if job.name == "emotion":
-        arrays["emotions"] = ((count,), np.int64)
-    for view in range(views):
-        arrays[f"images-{view:02d}"] = ((count, size, size, job.task.channels), np.uint8)
-        if job.name == "landmarks":
-            arrays[f"landmarks-{view:02d}"] = ((count, points, 2), np.float32)
-            arrays[f"visible-{view:02d}"] = ((count, points), np.bool_)
-    for name, (shape, dtype) in arrays.items():
-        path = folder / f"{name}.npy"
-        open_memmap(path, "w+", dtype, shape).flush()
-        # Reserved at once: a disk that fills up under a memory map kills the process unheard.
-        with path.open("r+b") as file:
-            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
-
-
-def _write_chunk(job: Job, part: Path, rows: pd.DataFrame) -> int:
-    """Fill the rows of one part file; runs in a worker process."""
-    cv2.setNumThreads(1)
-    place = {
-        str(id): (str(side), int(row))
-        for id, side, row in zip(rows["id"], rows["split"], rows["row"], strict=True)
-    }
-    policy = build_policy(job.settings, job.task, job.name)
-    files: dict[str, np.ndarray] = {}
-
-    def put(name: str, row: int, value: Any) -> None:
-        if name not in files:
-            files[name] = np.load(job.out / f"{name}.npy", mmap_mode="r+")
-        files[name][row] = value
-
-    for example in read_examples(part):
-        if example.id not in place:
-            continue
-        side, row = place[example.id]
-        image = decode(example.image, job.task.channels)
-        if job.name == "emotion":
-            put(f"{side}/emotions", row, example.emotion)
-        for view in range(job.settings.views if side == "train" else 1):
-            if side == "train":
-                result = augmented_view(example, image, job, policy, view)
-            else:
-                result = plain_view(example, image, job.task)
-            put(f"{side}/images-{view:02d}", row, result[0])
-            if job.name == "landmarks":
-                put(f"{side}/landmarks-{view:02d}", row, result[1])
-                put(f"{side}/visible-{view:02d}", row, result[2])
-    return len(place)
-
-
-def plain_view(
-    example: Example, image: np.ndarray, task: Task
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Crop an example without augmentation, as validation, test and deployment do.
+def write_shards(
+    recipe: Recipe,
+    index: pd.DataFrame,
+    out: Path,
+    workers: int,
+    address: str | None = None,
+    previous: Path | None = None,
+) -> int:
+    """Write `pipelines.shards` files for the train and val rows of an index.
 
     Args:
-        example: with landmarks in pixels.
-        image: its decoded picture, uint8 (H, W, C).
-        task: crop size and margin.
+        recipe: how they are made.
+        index: as `usable` gives it. Train rows of weight 0 are left out.
+        out: an empty folder.
+        workers: processes.
+        address: of a Ray cluster to use instead.
+        previous: shards of an earlier run, whose rows are taken over where the same would be made
+            again. The bytes written are the same with or without.
 
     Returns:
-        The crop uint8 (S, S, C), landmarks float32 (N, 2) in crop coordinates (0 where not
-        visible), visible bool (N,).
-    """
-    box = face_box(example, image.shape, task.margin)
-    points = np.where(example.visible[:, None], to_crop(example.landmarks, box), 0)
-    return crop(image, box, task.size), points.astype(np.float32), example.visible
-
-
-def augmented_view(
-    example: Example, image: np.ndarray, job: Job, policy: Any, view: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Jitter the face box, crop with some context, apply the policy and trim the context.
-
-    Landmarks stay on their pixels; a mirrored picture swaps left and right names; a point that
-    leaves the crop becomes invisible and 0, none is lost or reordered.
-
-    Returns:
-        As `plain_view`.
-    """
-    seed = _seed_of(job.seed, example.id, view)
-    rng = np.random.default_rng(seed)
-    tight = face_box(example, image.shape, job.task.margin)
-    tight = jitter_box(tight, job.settings.jitter_shift, job.settings.jitter_scale, rng)
-    size, wide_size = job.task.size, _wide(job.task.size)
-    extra = (tight.right - tight.left) * (wide_size - size) / size / 2
-    box = Box(tight.left - extra, tight.top - extra, tight.right + extra, tight.bottom + extra)
-    wide = crop(image, box, wide_size)
-
-    labelled = np.flatnonzero(example.visible)
-    points = np.concatenate([PROBE, to_crop(example.landmarks[labelled], box)])
-    policy.set_random_seed(int(seed % 2**32))
-    result = policy(image=wide, keypoints=points * wide_size - 0.5)
-    moved = (np.asarray(result["keypoints"], np.float32) + 0.5) / size
-    if len(moved) != len(points):
-        raise GrimaceError(
-            f"the policy dropped keypoints of {example.id}: a transform in "
-            f"augment.{job.name}.policy removes points; choose another"
-        )
-    probe, moved = moved[:3], moved[3:]
-    landmarks = np.zeros_like(example.landmarks)
-    visible = np.zeros_like(example.visible)
-    inside = ((moved >= 0) & (moved <= 1)).all(1)
-    landmarks[labelled[inside]], visible[labelled[inside]] = moved[inside], True
-    if np.linalg.det(probe[1:] - probe[0]) < 0 and len(landmarks):
-        mirror = list(SCHEMES[len(landmarks)].mirror)
-        landmarks, visible = landmarks[mirror], visible[mirror]
-    return result["image"].reshape(size, size, -1), landmarks, visible
-
-
-def build_policy(settings: AugmentTask, task: Task, name: TaskName) -> Any:
-    """Make the albumentations pipeline of a task, which takes a wide crop and trims it at its end.
-
-    Each transform is tried on an empty picture, so that one that cannot work is named before any
-    work.
+        Number of rows taken over.
 
     Raises:
-        GrimaceError: a transform that albumentations does not have, arguments it rejects, or a
-            result that is no picture for the task (other type or channels, too small).
+        GrimaceError: a side has no examples; or as `fan_out` does.
     """
-    import albumentations
+    unheeded = (index["split"] == "train") & (index["weight"] == 0)
+    plan = index[index["split"].isin(SIDES) & ~unheeded]
+    plan = plan.assign(copies=copies_of(plan, recipe.settings.balance, recipe.seed))
+    for side in SIDES:
+        if not (plan["split"] == side).any():
+            dataset = recipe.task.dataset
+            raise GrimaceError(f"{dataset}: the {side} side has no labels for {recipe.name}")
+    _write_labels(recipe, plan, out, left_out=int(unheeded.sum()))
 
-    transforms = []
-    trial = np.zeros((_wide(task.size), _wide(task.size), task.channels), np.uint8)
-    for position, item in enumerate(settings.policy):
-        where = f"params.yaml: augment.{name}.policy.{position}"
-        kind = getattr(albumentations, item.transform, None)
-        if not (isinstance(kind, type) and issubclass(kind, albumentations.BasicTransform)):
-            raise GrimaceError(
-                f"{where}.transform: albumentations {albumentations.__version__} has no "
-                f"transform {item.transform!r}"
-            )
-        known = kind.InitSchema.model_fields if hasattr(kind, "InitSchema") else {}
-        for argument in item.arguments:
-            if known and argument not in {*known, "p"}:
-                raise GrimaceError(
-                    f"{where}.{argument}: unknown argument of {item.transform}; it takes "
-                    f"{', '.join(sorted({*known, 'p'} - {'strict'}))}"
-                )
-        try:
-            transforms.append(kind(**item.arguments))
-            trial = kind(**item.arguments | {"p": 1.0})(image=trial)["image"]
-        # Whatever albumentations' own checks and filters raise.
-        except Exception as error:
-            reason = " ".join(str(error).split()) or type(error).__name__
-            raise GrimaceError(f"{where}: {item.transform} fails: {reason}") from None
-        height, width, channels = trial.shape
-        if min(height, width) < task.size or channels != task.channels or trial.dtype != np.uint8:
-            raise GrimaceError(
-                f"{where}: {item.transform} makes {trial.dtype} {trial.shape} of the crop, which "
-                f"must stay uint8 with {task.channels} channels and at least {task.size} pixels"
-            )
-    transforms.append(albumentations.CenterCrop(task.size, task.size))
-    keypoints = albumentations.KeypointParams(format="xy", remove_invisible=False)
-    return albumentations.Compose(transforms, keypoint_params=keypoints)
+    make = partial(make_rows, recipe, build_policy(recipe.settings, recipe.task, recipe.name))
+    ahead, behind = tee(_chunks(recipe, plan, previous))
+    todo = ([row for row in chunk if row.old is None] for chunk in ahead)
+    made = fan_out(make, todo, workers, address)
+    taken_over = 0
+    with (
+        _npy_files(out, _shapes(recipe, plan)) as files,
+        tqdm(total=plan["copies"].sum(), desc=f"augment {recipe.name}", unit="img") as progress,
+    ):
+        for fresh, chunk in zip(made, behind, strict=True):
+            for name, file in files.items():
+                file.write(_completed(name, chunk, fresh, previous).data)
+            taken_over += sum(row.old is not None for row in chunk)
+            progress.update(len(chunk))
+    return taken_over
 
 
-def _wide(size: int) -> int:
-    return size + 2 * round(size * CONTEXT)
+def copies_of(plan: pd.DataFrame, balance: dict[str, int] | str | None, seed: int) -> np.ndarray:
+    """Say how often each row is to appear, so that the classes of the train side reach a count.
+
+    The copies of a class are spread evenly; who gets one of the remainder is decided by a hash of
+    the id, so that it changes little when images are added.
+
+    Args:
+        plan: columns id, split, emotion.
+        balance: as in `pipelines.params.AugmentTask`.
+        seed: changes who gets one of the remainder.
+
+    Returns:
+        int (n,), at least 1.
+
+    Raises:
+        GrimaceError: no training image has a class that is to be filled up.
+    """
+    copies = np.ones(len(plan), int)
+    emotions = np.where(plan["split"] == "train", plan["emotion"], -1)
+    if balance == "largest":
+        largest = np.bincount(emotions[emotions >= 0]).max()
+        balance = {EMOTIONS[emotion]: largest for emotion in np.unique(emotions[emotions >= 0])}
+    elif not isinstance(balance, dict):
+        return copies
+    for name, count in balance.items():
+        rows = np.flatnonzero(emotions == EMOTIONS.index(name))
+        if not len(rows):
+            raise GrimaceError(f"augment.emotion.balance: no training image is {name}")
+        each, more = divmod(max(count, len(rows)), len(rows))
+        order = sorted(rows, key=lambda row: seed_of(seed, plan["id"].iloc[row], view=-1))
+        copies[rows] = each
+        copies[order[:more]] += 1
+    return copies
 
 
-def _seed_of(seed: int, id: str, view: int) -> int:
-    digest = hashlib.sha256(f"{seed}/{id}/{view}".encode()).digest()
-    return int.from_bytes(digest[:8], "big")
+def _write_labels(recipe: Recipe, plan: pd.DataFrame, out: Path, left_out: int) -> None:
+    """Write what is known before any work: meta.json, ids, weights and classes."""
+    rows = plan.loc[plan.index.repeat(plan["copies"])]
+    for side in SIDES:
+        those = rows[rows["split"] == side]
+        weights = those["weight"].to_numpy() if side == "train" else np.ones(len(those))
+        (out / side).mkdir()
+        np.save(out / side / "ids.npy", those["id"].to_numpy(str))
+        np.save(out / side / "weights.npy", weights.astype(np.float32))
+        if recipe.name == "emotion":
+            np.save(out / side / "emotions.npy", those["emotion"].to_numpy(np.int64))
+    meta: dict[str, Any] = {
+        "task": recipe.name,
+        "dataset": recipe.task.dataset,
+        "size": recipe.task.size,
+        "channels": recipe.task.channels,
+        "margin": recipe.task.margin,
+        "views": recipe.settings.views,
+        "policy": recipe.settings.policy,
+        "counts": {side: int((rows["split"] == side).sum()) for side in SIDES},
+        "left_out_by_weight": left_out,
+        "added_by_balance": len(rows) - len(plan),
+    }
+    if recipe.name == "emotion":
+        meta["classes"] = EMOTIONS
+    else:
+        points = int(plan["points"].iloc[0])
+        meta |= {"scheme": SCHEMES[points].name, "points": points}
+    (out / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
+
+
+def _views(recipe: Recipe, side: Side) -> int:
+    return recipe.settings.views if side == "train" else 1
+
+
+def _shapes(recipe: Recipe, plan: pd.DataFrame) -> dict[str, tuple[tuple[int, ...], type]]:
+    """Return shape and type of every file that is written row by row."""
+    size, channels, points = recipe.task.size, recipe.task.channels, int(plan["points"].iloc[0])
+    of_one: dict[str, tuple[tuple[int, ...], type]] = {
+        "images": ((size, size, channels), np.uint8),
+        "landmarks": ((points, 2), np.float32),
+        "visible": ((points,), np.bool_),
+    }
+    shapes: dict[str, tuple[tuple[int, ...], type]] = {}
+    for side in SIDES:
+        count = int(plan.loc[plan["split"] == side, "copies"].sum())
+        shapes[f"{side}/digests"] = (count, 32), np.uint8
+        for view in range(_views(recipe, side)):
+            for kind in KINDS[recipe.name]:
+                shape, dtype = of_one[kind]
+                shapes[f"{side}/{kind}-{view:02d}"] = (count, *shape), dtype
+    return shapes
+
+
+@contextmanager
+def _npy_files(
+    folder: Path, shapes: dict[str, tuple[tuple[int, ...], type]]
+) -> Iterator[dict[str, BufferedWriter]]:
+    """Open .npy files for rows in their order, with the space for all of them reserved.
+
+    Written, not mapped: the pages of a map would count as memory of this process.
+    """
+    with ExitStack() as stack:
+        files = {}
+        for name, (shape, dtype) in shapes.items():
+            file = stack.enter_context((folder / f"{name}.npy").open("wb"))
+            descr = np.lib.format.dtype_to_descr(np.dtype(dtype))
+            header = {"descr": descr, "fortran_order": False, "shape": shape}
+            np.lib.format.write_array_header_1_0(file, header)
+            rest = int(np.prod(shape)) * np.dtype(dtype).itemsize
+            os.posix_fallocate(file.fileno(), 0, file.tell() + rest)
+            files[name] = file
+        yield files
+
+
+def _chunks(recipe: Recipe, plan: pd.DataFrame, previous: Path | None) -> Iterator[list[Row]]:
+    """Yield the rows of the shards in order, some at a time."""
+    stream = _rows(recipe, plan, previous)
+    row_bytes = recipe.settings.views * recipe.task.size**2 * recipe.task.channels
+    while chunk := list(islice(stream, max(1, CHUNK_BYTES // row_bytes))):
+        yield chunk
+
+
+def _rows(recipe: Recipe, plan: pd.DataFrame, previous: Path | None) -> Iterator[Row]:
+    known = {side: _known_rows(previous, side) for side in SIDES}
+    digest_of = _digest_of(recipe)
+    for part, wanted in plan.groupby("part", sort=False):
+        places = wanted.set_index("id")[["split", "copies"]].to_dict("index")
+        for example in read_examples(Path(str(part))):
+            place = places.get(example.id, {"split": "", "copies": 0})
+            for copy in range(place["copies"]):
+                side = place["split"]
+                digest = digest_of(example, side, copy)
+                yield Row(example, side, copy, digest, known[side].get(digest))
+
+
+def _known_rows(previous: Path | None, side: Side) -> dict[bytes, int]:
+    path = previous / side / "digests.npy" if previous else None
+    if path is None or not path.exists():
+        return {}
+    return {digest.tobytes(): row for row, digest in enumerate(np.load(path))}
+
+
+def _digest_of(recipe: Recipe) -> Callable[[Example, Side, int], bytes]:
+    """Return a function that digests all that a row follows from."""
+    for_both = [version(library) for library in LIBRARIES]
+    for_both += [(ROOT / path).read_text() for path in SOURCES]
+    for_both += [recipe.name, recipe.task.model_dump_json(exclude={"dataset"})]
+    settings = recipe.settings.model_dump(exclude={"policies", "policy", "balance"})
+    transforms = [transform.model_dump() for transform in recipe.settings.transforms]
+    starts = {
+        "train": hashlib.sha256(repr([for_both, recipe.seed, settings, transforms]).encode()),
+        "val": hashlib.sha256(repr(for_both).encode()),
+    }
+
+    def digest(example: Example, side: Side, copy: int) -> bytes:
+        sha = starts[side].copy()
+        sizes = len(example.landmarks), len(example.image)
+        sha.update(repr((example.id, copy, example.emotion, example.box, *sizes)).encode())
+        for content in (example.landmarks.tobytes(), example.visible.tobytes(), example.image):
+            sha.update(content)
+        return sha.digest()
+
+    return digest
+
+
+def make_rows(recipe: Recipe, policy: Any, rows: Sequence[Row]) -> dict[str, np.ndarray]:
+    """Make some rows, in a worker.
+
+    Returns:
+        For "train/images-00" and every other file that these rows are in, but digests, what
+        belongs there, in the order of the rows.
+    """
+    cv2.setNumThreads(1)  # there is a process for each core
+    made: defaultdict[str, list[np.ndarray]] = defaultdict(list)
+    for row in rows:
+        image = decode(row.example.image, recipe.task.channels)
+        for view in range(_views(recipe, row.side)):
+            if row.side == "train":
+                result = augmented_view(row.example, image, recipe, policy, view, row.copy)
+            else:
+                result = plain_view(row.example, image, recipe.task)
+            for kind, array in zip(KINDS[recipe.name], result, strict=False):
+                made[f"{row.side}/{kind}-{view:02d}"].append(array)
+    return {name: np.stack(arrays) for name, arrays in made.items()}
+
+
+def _completed(
+    name: str, chunk: Sequence[Row], fresh: dict[str, np.ndarray], previous: Path | None
+) -> np.ndarray:
+    """Return a chunk's rows of one file: those made now, with those taken over between them."""
+    rows = [row for row in chunk if name.startswith(row.side)]
+    if name.endswith("digests"):
+        return np.frombuffer(b"".join(row.digest for row in rows), np.uint8)
+    old = [row.old for row in rows if row.old is not None]
+    if not previous or not old:
+        return fresh.get(name, np.empty(0))
+    taken_over = np.load(previous / f"{name}.npy", mmap_mode="r")[old]
+    result = np.empty((len(rows), *taken_over.shape[1:]), taken_over.dtype)
+    is_old = np.array([row.old is not None for row in rows])
+    result[is_old] = taken_over
+    if not is_old.all():
+        result[~is_old] = fresh[name]
+    return result
 
 
 def draw_sheet(shards: Path, views: int, path: Path) -> None:
-    """Draw up to eight views of the first six training images, with their points."""
+    """Draw up to eight views of six training images with their points.
+
+    Where balancing made copies, half of the six are copies of one image.
+    """
     columns = min(8, views)
     images, captions, points = [], [], []
     each = [read_view(shards, "train", view) for view in range(columns)]
-    for row in range(min(6, len(each[0].ids))):
+    ids = pd.Series(each[0].ids)
+    copies = ids.groupby(ids).cumcount()
+    copied = ids.index[(ids == ids[int(copies.to_numpy().argmax())]) & copies.any()][:3]
+    others = ids.index[copies == 0].difference(copied)
+    for row in [*others[: 6 - len(copied)], *copied]:
         for number, view in enumerate(each):
             images.append(view.images[row])
-            captions.append(f"{view.ids[row][-14:]} view {number}")
+            name = f"{ids[row][-14:]} copy {copies[row]}" if copies[row] else ids[row][-14:]
+            captions.append(f"{name} view {number}")
             if view.landmarks is None or view.visible is None:
                 points.append(np.zeros((0, 2)))
             else:
                 points.append(view.landmarks[row][view.visible[row]])
-    title = f"{shards.name}: augmented views of six training images"
+    title = f"{shards.name}: augmented views of training images"
     contact_sheet(images, captions, path, title, points=points, columns=columns)
 
 

@@ -8,6 +8,7 @@ changed value re-runs only the stages that use it.
 import argparse
 import difflib
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -18,10 +19,13 @@ from pydantic import (
     Field,
     PositiveInt,
     ValidationError,
+    ValidationInfo,
     create_model,
+    field_validator,
     model_validator,
 )
 
+from models.schemes import EMOTIONS
 from pipelines.cli import GrimaceError, run
 from pipelines.datasets import EVALUATE_ONLY, LABELS
 
@@ -111,6 +115,7 @@ class ArchiveSource(_Section):
 
     Attributes:
         archive: file or folder name looked for in `GRIMACE_ARCHIVES`, then in `data/archives/`.
+        catalogue: its name in the TFDS catalogue, where that fetches one archive, or null.
         kaggle: where Kaggle's client finds it, "OWNER/DATASET" or "competitions/NAME", or null.
         url: where it can be fetched over HTTP without a person, or null.
         page: where a person gets it.
@@ -119,6 +124,7 @@ class ArchiveSource(_Section):
     """
 
     archive: str
+    catalogue: Literal["the300w_lp", "aflw2k3d"] | None = None
     kaggle: Annotated[str, Field(pattern="^[^/]+/[^/]+$")] | None = None
     url: str | None
     page: str
@@ -318,13 +324,47 @@ class AugmentTask(_Section):
         views: augmented versions of each training image; epoch e trains on view e mod views.
         jitter_shift: the face box moves by up to this fraction of its side, each way.
         jitter_scale: the face box grows or shrinks by up to this fraction.
-        policy: albumentations transforms, applied in order.
+        policies: by name, albumentations transforms that are applied in order.
+        policy: the one in use.
+        balance: training images by class, or "largest" for as many as the largest class has. A
+            class with fewer is filled up with further augmented copies, one with more stays.
+            Emotion only.
     """
 
     views: PositiveInt
     jitter_shift: Fraction
     jitter_scale: Annotated[float, Field(ge=0.0, lt=1.0)]
-    policy: tuple[Transform, ...]
+    policies: dict[str, tuple[Transform, ...]]
+    policy: str
+    balance: dict[str, PositiveInt] | Literal["largest"] | None = None
+
+    @property
+    def transforms(self) -> tuple[Transform, ...]:
+        """The policy in use."""
+        return self.policies[self.policy]
+
+    @field_validator("policy")
+    @classmethod
+    def _policy_is_there(cls, policy: str, info: ValidationInfo) -> str:
+        policies = list(info.data.get("policies", [policy]))
+        if policy not in policies:
+            known = ", ".join(policies)
+            raise ValueError(f"no policy {policy!r}{meant(policy, policies)}; there are {known}")
+        return policy
+
+    @field_validator("balance", mode="before")
+    @classmethod
+    def _classes_are_known(cls, balance: Any) -> Any:
+        if balance is None or balance == "largest":
+            return balance
+        if not isinstance(balance, dict):
+            raise ValueError(f"null, largest or a count for each class, not {balance!r}")
+        for name, count in balance.items():
+            if name not in EMOTIONS:
+                raise ValueError(f"unknown class {name!r}{meant(name, EMOTIONS)}")
+            if type(count) is not int or count < 1:
+                raise ValueError(f"{name} needs a count above 0, not {count!r}")
+        return balance
 
 
 class Cluster(_Section):
@@ -340,6 +380,12 @@ class Augment(_Section):
     workers: Annotated[int, Field(ge=0)]
     emotion: AugmentTask
     landmarks: AugmentTask
+
+    @model_validator(mode="after")
+    def _only_classes_are_balanced(self) -> Self:
+        if self.landmarks.balance is not None:
+            raise ValueError("landmarks.balance: landmarks have no classes; only emotion has")
+        return self
 
     def named(self, task: TaskName) -> AugmentTask:
         """Return the section of one task."""
@@ -503,14 +549,19 @@ def _explain(error: Any, raw: Any) -> str:
     key = ".".join(str(part) for part in error["loc"]) or "the file"
     if error["type"] == "extra_forbidden":
         parent = error["loc"][:-1]
-        close = difflib.get_close_matches(str(error["loc"][-1]), _known_keys(parent), n=1)
-        return f"{key}: unknown key" + (f" (did you mean {close[0]!r}?)" if close else "")
+        return f"{key}: unknown key{meant(str(error['loc'][-1]), _known_keys(parent))}"
     if error["type"] == "missing":
         return f"{key}: missing"
     message = error["msg"].removeprefix("Value error, ")
     if error["type"] == "value_error":
         return message if key == "the file" else f"{key}: {message}"
     return f"{key}: {message[0].lower()}{message[1:]}, not {error['input']!r}"
+
+
+def meant(name: str, known: Iterable[str]) -> str:
+    """Return " (did you mean …?)" with the nearest known name, "" where none is near."""
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""
 
 
 def _known_keys(location: tuple[Any, ...]) -> list[str]:
@@ -525,12 +576,15 @@ def _known_keys(location: tuple[Any, ...]) -> list[str]:
 
 
 def _check_policies(params: Params) -> None:
-    """Build both augmentation policies, so that a bad transform is named before any work."""
-    from pipelines.augment import build_policy
+    """Build every augmentation policy, so that a bad transform is named before any work."""
+    from pipelines.views import build_policy
 
     tasks: tuple[TaskName, ...] = ("emotion", "landmarks")
     for task in tasks:
-        build_policy(params.augment.named(task), params.tasks.named(task), task)
+        settings = params.augment.named(task)
+        for policy in settings.policies:
+            used = settings.model_copy(update={"policy": policy})
+            build_policy(used, params.tasks.named(task), task)
 
 
 if __name__ == "__main__":

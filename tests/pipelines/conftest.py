@@ -54,6 +54,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     """Data on three sides, shards, and of each task a weak model "plain", a better "residual"."""
     from pipelines import augment, evaluate
     from pipelines.split import make_index
+    from pipelines.views import Recipe
 
     root = tmp_path_factory.mktemp("world")
     (root / "params.yaml").write_text(yaml.safe_dump(_small_params(root)))
@@ -79,7 +80,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
             shards.mkdir(parents=True)
             index = augment.usable(clean, split / "index.parquet", task)
             settings = params.tasks.named(task), params.augment.named(task)
-            augment.write_shards(augment.Job(task, *settings, 1, clean, shards), index, workers=1)
+            augment.write_shards(Recipe(task, *settings, seed=1), index, shards, workers=1)
         for task in TASKS:
             crops = evaluate.crop_all(faces, task, params.tasks.named(task))
             for model, ridge in (("plain", 1e9), ("residual", 5.0)):
@@ -131,7 +132,7 @@ def _small_params(root: Path) -> dict:
     params = yaml.safe_load((ROOT / "params.yaml").read_text())
     for task, channels in (("emotion", 1), ("landmarks", 3)):
         params["tasks"][task] |= {"dataset": "synthetic", "size": 16, "channels": channels}
-        params["augment"][task] |= {"views": 1, "policy": []}
+        params["augment"][task] |= {"views": 1, "policies": {"none": []}, "policy": "none"}
     params["tracking"]["uri"] = f"sqlite:///{root}/mlflow.db"
     params["download"]["synthetic"] = {"count": 70, "seed": 5}
     params["split"] |= {"seed": 10, "val": 0.25, "test": 0.25}  # 6, 4 and 4 people

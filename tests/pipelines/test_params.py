@@ -12,10 +12,10 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from pipelines.augment import build_policy
 from pipelines.cli import GrimaceError
 from pipelines.datasets import LABELS
 from pipelines.params import Params, load_params
+from pipelines.views import build_policy
 
 ROOT = Path(__file__).parents[2]
 REAL = yaml.safe_load((ROOT / "params.yaml").read_text())
@@ -66,8 +66,8 @@ def complaint(load: Load, raw: Any) -> str:
 def test_the_file_in_the_repository_is_valid(load: Load) -> None:
     params = load(REAL)
     assert params.tasks.named("landmarks").size == REAL["tasks"]["landmarks"]["size"]
-    assert params.augment.named("emotion").policy[1].transform == "Rotate"
-    assert params.augment.named("emotion").policy[1].arguments["border_mode"] == 1
+    assert params.augment.named("emotion").transforms[1].transform == "Rotate"
+    assert params.augment.named("emotion").transforms[1].arguments["border_mode"] == 1
     assert params.train.jobs["landmarks-plain"].widths == (16, 32, 64, 128)
 
 
@@ -104,7 +104,7 @@ def test_unknown_key_like_no_other(load: Load) -> None:
         ("tasks.emotion.dataset", 3),
         ("train.jobs.emotion-plain.widths", 16),
         ("train.jobs.emotion-plain.learning_rate", "1e-3"),  # how YAML 1.1 reads 1e-3
-        ("augment.emotion.policy.1", "Rotate"),
+        ("augment.emotion.policies.V4.1", "Rotate"),
         # impossible values
         ("split.val", 0),
         ("split.test", -0.1),
@@ -137,8 +137,8 @@ def test_missing_key(load: Load, key: str) -> None:
 
 
 def test_missing_transform_name(load: Load) -> None:
-    raw = changed("augment.emotion.policy.0", {"p": 0.5})
-    assert complaint(load, raw) == "augment.emotion.policy.0.transform: missing"
+    raw = changed("augment.emotion.policies.V4.0", {"p": 0.5})
+    assert complaint(load, raw) == "augment.emotion.policies.V4.0.transform: missing"
 
 
 @pytest.mark.parametrize(
@@ -245,24 +245,69 @@ def test_no_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        (
+            "policy",
+            "modren",
+            "no policy 'modren' (did you mean 'modern'?); there are V2, V3, V4, modern",
+        ),
+        ("policy", "none", "no policy 'none'; there are V2, V3, V4, modern"),
+        ("balance", "smallest", "null, largest or a count for each class, not 'smallest'"),
+        ("balance", 4000, "null, largest or a count for each class, not 4000"),
+        ("balance", {"hapy": 4000}, "unknown class 'hapy' (did you mean 'happy'?)"),
+        ("balance", {"sad": "many"}, "sad needs a count above 0, not 'many'"),
+        ("balance", {"sad": 0}, "sad needs a count above 0, not 0"),
+    ],
+)
+def test_bad_policy_or_balance(load: Load, key: str, value: Any, said: str) -> None:
+    key = f"augment.emotion.{key}"
+    assert complaint(load, changed(key, value)) == f"{key}: {said}"
+
+
+def test_only_emotion_has_classes_to_balance(load: Load) -> None:
+    for balance in ("largest", {"sad": 40}):
+        assert load(changed("augment.emotion.balance", balance)).augment.emotion.balance == balance
+        raw = changed("augment.landmarks", REAL["augment"]["landmarks"] | {"balance": balance})
+        assert complaint(load, raw) == (
+            "augment: landmarks.balance: landmarks have no classes; only emotion has"
+        )
+
+
+@pytest.mark.parametrize(
     ("item", "words"),
     [
-        ({"transform": "Rotat"}, r"policy\.1\.transform: albumentations 2.* has no .*'Rotat'"),
-        ({"transform": "OneOf", "transforms": []}, r"policy\.1\.transform: .* no .*'OneOf'"),
-        ({"transform": "os"}, r"policy\.1\.transform: .* has no .*'os'"),
-        ({"transform": "Rotate", "limits": 3}, r"policy\.1\.limits: unknown .* Rotate; .*limit"),
-        ({"transform": "Rotate", "limit": "far"}, r"policy\.1: Rotate .*limit.*'far'"),
-        ({"transform": "Rotate", "p": 2}, r"policy\.1: Rotate .*\bp\b.*less than or equal to 1"),
-        ({"transform": "DualTransform"}, r"policy\.1: DualTransform fails"),
+        (
+            {"transform": "Rotat"},
+            r"policies\.V4\.1\.transform: .* has no .*'Rotat' \(did you mean 'Rotate'",
+        ),
+        ({"transform": "OneOf", "transforms": []}, r"policies\.V4\.1\.transform: .* no .*'OneOf'"),
+        ({"transform": "os"}, r"policies\.V4\.1\.transform: .* has no .*'os'"),
+        (
+            {"transform": "Rotate", "limits": 3},
+            r"policies\.V4\.1\.limits: unknown .* Rotate; .*limit",
+        ),
+        ({"transform": "Rotate", "limit": "far"}, r"policies\.V4\.1: Rotate .*limit.*'far'"),
+        (
+            {"transform": "Rotate", "p": 2},
+            r"policies\.V4\.1: Rotate .*\bp\b.*less than or equal to 1",
+        ),
+        ({"transform": "DualTransform"}, r"policies\.V4\.1: DualTransform fails"),
         # These would work, and hand training something that is no picture.
-        ({"transform": "Normalize"}, r"policy\.1: Normalize makes float32"),
-        ({"transform": "Resize", "height": 20, "width": 20}, r"policy\.1: Resize .*\(20, 20, 1\)"),
-        ({"transform": "RandomCrop", "height": 999, "width": 9}, r"policy\.1: RandomCrop fails"),
-        ({"transform": "RandomSunFlare"}, r"policy\.1: RandomSunFlare fails: .*3-channel"),
+        ({"transform": "Normalize"}, r"policies\.V4\.1: Normalize makes float32"),
+        (
+            {"transform": "Resize", "height": 20, "width": 20},
+            r"policies\.V4\.1: Resize .*\(20, 20, 1\)",
+        ),
+        (
+            {"transform": "RandomCrop", "height": 999, "width": 9},
+            r"policies\.V4\.1: RandomCrop fails",
+        ),
+        ({"transform": "RandomSunFlare"}, r"policies\.V4\.1: RandomSunFlare fails: .*3-channel"),
     ],
 )
 def test_bad_transform(load: Load, item: dict[str, Any], words: str) -> None:
-    params = load(changed("augment.emotion.policy.1", item))
+    params = load(changed("augment.emotion.policies.V4.1", item))
     with pytest.raises(GrimaceError, match=r"params\.yaml: augment\.emotion\." + words) as error:
         build_policy(params.augment.emotion, params.tasks.emotion, "emotion")
     assert len(str(error.value).splitlines()) == 1
@@ -275,7 +320,7 @@ def test_values_are_frozen(load: Load) -> None:
         (params, "split"),
         (params.split, "seed"),
         (params.tasks.emotion, "size"),
-        (params.augment.emotion.policy[0], "transform"),
+        (params.augment.emotion.transforms[0], "transform"),
         (job, "seed"),
     ]:
         with pytest.raises(ValidationError, match="frozen"):
@@ -295,11 +340,11 @@ def command(folder: Path) -> subprocess.CompletedProcess[str]:
 
 def test_the_command(tmp_path: Path) -> None:
     params = tmp_path / "params.yaml"
-    params.write_text(yaml.safe_dump(changed("augment.landmarks.policy.0.transform", "Flop")))
+    params.write_text(yaml.safe_dump(changed("augment.landmarks.policies.V4.0.transform", "Flop")))
     bad = command(tmp_path)
     assert bad.returncode == 1
     (line,) = bad.stderr.splitlines()
-    assert line.startswith("error: params.yaml: augment.landmarks.policy.0.transform: ")
+    assert line.startswith("error: params.yaml: augment.landmarks.policies.V4.0.transform: ")
     schema = tmp_path / "reports/params/schema.json"
     assert not schema.exists()
 
