@@ -17,8 +17,11 @@ from scipy.sparse.csgraph import connected_components
 
 SIDE = 32  # of the small versions
 SHIFT = 2  # pixels of a small version, each way
+# By how much less copies may correlate at 8 × 8 pixels and no shift: on FER-2013 that spares four
+# close looks in five, and loses two copies in a thousand.
+MARGIN = 0.1
 
-_ROWS = 64  # of the distance matrix at a time: its buffers then stay in the processor's cache
+_ROWS = 16  # of the distance matrix at a time: its buffers then stay in the processor's cache
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,6 +76,8 @@ def near_copies(
         least: correlation.
     """
     pairs, flips = similar_hashes(hashes, mirrored, distance)
+    alike = _alike_from_afar(small[rows], pairs, flips, least - MARGIN)
+    pairs, flips = pairs[alike], flips[alike]
     values = np.zeros(len(pairs))
     for index, ((first, second), flip) in enumerate(zip(rows[pairs], flips, strict=True)):
         other = small[second]
@@ -128,6 +133,22 @@ def correlation(first: np.ndarray, second: np.ndarray) -> float:
         return 0.0
     values = cv2.matchTemplate(second, core, cv2.TM_CCOEFF_NORMED)
     return float(np.clip(values[np.isfinite(values)], -1, 1).max(initial=0.0))
+
+
+def _alike_from_afar(
+    small: np.ndarray, pairs: np.ndarray, flips: np.ndarray, least: float
+) -> np.ndarray:
+    """Choose the pairs worth a closer look: bool (k,), whether they correlate at 8 × 8 pixels."""
+    coarse = small.reshape(-1, 8, SIDE // 8, 8, SIDE // 8).mean((2, 4), dtype=np.float32)
+    coarse -= coarse.mean((1, 2), keepdims=True)
+    coarse /= np.linalg.norm(coarse, axis=(1, 2), keepdims=True) + 1e-6
+    alike = np.zeros(len(pairs), bool)
+    for start in range(0, len(pairs), 2**16):
+        part = np.s_[start : start + 2**16]
+        first, second = coarse[pairs[part, 0]], coarse[pairs[part, 1]]
+        second = np.where(flips[part, None, None], second[:, :, ::-1], second)
+        alike[part] = np.einsum("kij,kij->k", first, second) >= least
+    return alike
 
 
 def surplus(near: NearCopies) -> list[tuple[int, int, int]]:

@@ -176,18 +176,23 @@ def _copies(
         scores = [float(near.correlations[pair]) for _, _, pair in surplus]
         findings += _found(copies, "near_duplicate", rule, evidence, scores, rule.correlation)
     clusters = duplicates.clusters(table["id"].tolist(), np.concatenate(pairs))
-    findings += _conflicts(sound.assign(cluster=pd.Series(clusters)), checks)
-    return findings, clusters
+    return findings + _conflicts(table.assign(cluster=clusters), checks), clusters
 
 
-def _conflicts(sound: pd.DataFrame, checks: Checks) -> list[Finding]:
-    """Find copies whose labels differ."""
-    labelled = sound[sound["class"] != "unlabelled"]
-    groups = labelled.groupby("pixels")["class"]
-    conflicting = labelled[groups.transform("nunique") > 1]
-    named = groups.agg(lambda classes: " and ".join(sorted(set(classes))))
-    evidence = [f"copies of it are labelled {named[pixels]}" for pixels in conflicting["pixels"]]
-    return _found(conflicting, "label_conflict", checks.label_conflict, evidence)
+def _conflicts(table: pd.DataFrame, checks: Checks) -> list[Finding]:
+    """Find the clusters of copies that carry different labels; every member is a finding."""
+    labelled = table[(table["cluster"] != "") & (table["class"] != "unlabelled")]
+    clusters = labelled.groupby("cluster")["class"]
+    rows = labelled[clusters.transform("nunique") > 1]
+    counts = rows.groupby("cluster")["class"].value_counts()
+    exact = rows.groupby(["cluster", "pixels"])["class"].transform("nunique") > 1
+    scores, evidence = [], []
+    for name, given, is_exact in zip(rows["cluster"], rows["class"], exact, strict=True):
+        members = counts[name].sort_index()
+        listed = ", ".join(f"{label} ({number})" for label, number in members.items())
+        evidence.append(f"{'exact' if is_exact else 'near'} copies of it are labelled {listed}")
+        scores.append(1 - members[given] / members.sum())
+    return _found(rows, "label_conflict", checks.label_conflict, evidence, scores, 0.0)
 
 
 def _no_face(table: pd.DataFrame, checks: Checks) -> list[Finding]:

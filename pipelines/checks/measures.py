@@ -6,28 +6,35 @@ from an earlier audit. What depends on the other examples is left to `pipelines.
 """
 
 import hashlib
-import inspect
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import cv2
 import numpy as np
-import pandas as pd
 
 from models.schemes import EMOTIONS
-from pipelines import crops
-from pipelines.checks import duplicates, faces, image, landmarks
 from pipelines.crops import UnreadableImageError, crop, decode, face_box
 from pipelines.datasets.example import Example
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 # The grey face crop that the label check learns from.
 FACE_SIDE = 48
 FACE_MARGIN = 0.05
 
-MODULES = (crops, duplicates, faces, image, landmarks)
+# What a row depends on besides its example.
+SOURCES = (
+    "checks/duplicates.py",
+    "checks/faces.py",
+    "checks/image.py",
+    "checks/landmarks.py",
+    "checks/measures.py",
+    "crops.py",
+)
 LIBRARIES = (
     "ai-edge-litert",
     "cleanvision",
@@ -80,14 +87,14 @@ class Measured:
         faces: uint8 (n, 48, 48), the face crops in grey, 0 where there is none.
     """
 
-    rows: pd.DataFrame
+    rows: "pd.DataFrame"
     small: np.ndarray
     faces: np.ndarray
 
 
 def settings_digest(detectors: tuple[str, ...]) -> bytes:
     """Return what all examples' digests share: code, library versions and detectors."""
-    sources = [inspect.getsource(module) for module in (*MODULES, sys.modules[__name__])]
+    sources = [Path(__file__).parents[1].joinpath(name).read_text() for name in SOURCES]
     versions = [f"{name} {version(name)}" for name in LIBRARIES]
     return hashlib.sha256(repr((sources, versions, detectors)).encode()).digest()
 
@@ -111,6 +118,9 @@ def measure(chunk: Sequence[tuple[Example, str, bool]], detectors: tuple[str, ..
             small pictures are made.
         detectors: of faces.
     """
+    # Imported where measuring is done: CleanVision takes two seconds.
+    from pipelines.checks import duplicates
+
     cv2.setNumThreads(1)
     rows: list[dict[str, Any]] = []
     small = np.zeros((len(chunk), duplicates.SIDE, duplicates.SIDE), np.uint8)
@@ -156,6 +166,8 @@ def _labels(example: Example) -> dict[str, Any]:
 def _measures(
     example: Example, rgb: np.ndarray, small: np.ndarray, detectors: tuple[str, ...]
 ) -> dict[str, Any]:
+    from pipelines.checks import duplicates, faces, image, landmarks
+
     seen = faces.detect(rgb, detectors)
     hash, mirror_hash = duplicates.perceptual_hashes(small)
     return {
@@ -173,8 +185,12 @@ def _measures(
     }
 
 
-def _frame(rows: list[dict[str, Any]], detectors: tuple[str, ...]) -> pd.DataFrame:
+def _frame(rows: list[dict[str, Any]], detectors: tuple[str, ...]) -> "pd.DataFrame":
     """Make a table whose columns and types do not depend on what could be measured; NaN is not."""
+    import pandas as pd
+
+    from pipelines.checks import image
+
     frame = pd.DataFrame(rows, dtype=object)
     raw = frame.reindex(columns=list(image.RAW)).astype("float64")
     frame = frame.join(image.score_images(raw)).reindex(columns=[*COLUMNS, *detectors])
