@@ -92,7 +92,7 @@ def test_workers_killed_again_and_again() -> None:
 @pytest.mark.parametrize("workers", [1, 2])
 def test_an_error_in_the_work_is_the_callers(workers: int) -> None:
     got = []
-    with pytest.raises(GrimaceError, match="^no 3$"):
+    with pytest.raises(GrimaceError, match=r"^no 3$"):
         for result in fan_out(fails, range(8), workers):
             got.append(result)
     assert got == [0, 1, 2]
@@ -109,31 +109,42 @@ def test_left_early_it_stops_at_once() -> None:
 
 
 SCRIPT = """
+import signal, sys, time
 from pathlib import Path
 from pipelines.cli import run
 from pipelines.fanout import fan_out
 from tests.pipelines.test_fanout import sleeps
 
 def main():
-    for number in fan_out(sleeps, range(8), 2):
+    # Heeded, also where the shell that started the tests in the background has it ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    results = fan_out(sleeps, range(8), 2)
+    for number in results:
         Path("going").touch()
+        time.sleep(60 * (sys.argv[1] == "busy"))
 
 if __name__ == "__main__":
     run(main)
 """
 
 
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_no_worker_outlives_its_parent(tmp_path: Path, how: signal.Signals) -> None:
+@pytest.mark.parametrize(
+    ("parent", "how"),
+    [
+        ("waiting", signal.SIGINT),
+        ("busy", signal.SIGINT),
+        ("waiting", signal.SIGTERM),
+        ("busy", signal.SIGKILL),
+    ],
+)
+def test_no_worker_outlives_its_parent(tmp_path: Path, parent: str, how: signal.Signals) -> None:
     (tmp_path / "script.py").write_text(SCRIPT)
     process = subprocess.Popen(
-        [sys.executable, "script.py"],
+        [sys.executable, "script.py", parent],
         cwd=tmp_path,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         stderr=subprocess.PIPE,
         text=True,
-        # Heeded, also where the shell that started the tests in the background had it ignored.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     while not (tmp_path / "going").exists():
         assert process.poll() is None
@@ -143,7 +154,7 @@ def test_no_worker_outlives_its_parent(tmp_path: Path, how: signal.Signals) -> N
     start = time.perf_counter()
     process.send_signal(how)
     _, said = process.communicate(timeout=20)
-    gone, alive = psutil.wait_procs(family, timeout=5)
+    _, alive = psutil.wait_procs(family, timeout=5)
     assert not alive
     assert time.perf_counter() - start < 6
     if how == signal.SIGINT:
