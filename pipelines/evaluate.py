@@ -11,8 +11,10 @@ By itself it measures any model file on any dataset's archive (or part of one):
 
 The model may be a .keras, .tflite or .onnx file or a TF.js folder (run in headless Chromium where
 there is one, else in Node; the output says which). Sides follow the dataset's protocol: FER-2013's
-own, people apart for YTF. Every readable labelled example counts, duplicates too; rows that cannot
-be used are counted under "unusable" with their reasons, on every side where a row has lost its own.
+own, people apart for YTF; official train stays train, even where `split` draws a side from it.
+Every readable labelled example counts, duplicates too; rows that cannot be used are counted under
+"unusable" with their reasons, on every side where a row has lost its own. Figures come over all
+faces and by slice: class, brightness, yaw, face size and source.
 """
 
 import argparse
@@ -20,6 +22,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +38,6 @@ from models.metrics import (
 )
 from models.schemes import EMOTIONS, SCHEMES
 from pipelines import tracking
-from pipelines.augment import plain_view
 from pipelines.cli import GrimaceError, run, whole_folder
 from pipelines.crops import UnreadableImageError, decode
 from pipelines.datasets import DATASETS, GENERATED, examples, module_of
@@ -46,9 +48,19 @@ from pipelines.params import Evaluate, Params, Task, TaskName, load_params
 from pipelines.runtimes import Runtime, load
 from pipelines.shards import read_view
 from pipelines.sheets import contact_sheet
-from pipelines.split import SIDES, side_of
+from pipelines.slices import (
+    COLUMNS,
+    YAW_BINS,
+    bins_of,
+    figures_by_slice,
+    plot_slices,
+    traits_of,
+)
+from pipelines.split import SIDES, choices_of, side_of
+from pipelines.views import plain_view
 
 CHUNK = 100  # resamples held in memory at once
+DECIDES = {"emotion": "accuracy", "landmarks": "nme_interocular"}
 
 
 def main() -> None:
@@ -63,6 +75,7 @@ def main() -> None:
         faces = faces_of_archive(args.dataset, args.archive, args.split, model, task, params)
         outputs = model.predict(faces.images)
         scores = measure(faces, outputs, params.evaluate)
+        scores |= by_slice(faces, outputs, params.evaluate)
         context = {"model": str(args.model), "runtime": model.name}
     scores |= context | {"dataset": args.dataset, "split": args.split, "unusable": faces.unusable}
     if args.plots:
@@ -70,6 +83,7 @@ def main() -> None:
         args.plots.mkdir(parents=True, exist_ok=True)
         title = f"{args.model.name}, {args.split}"
         write_plots(faces, outputs, params.evaluate, args.plots, title)
+        draw_slices(scores, args.plots, title)
     text = json.dumps(scores, indent=2)
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
@@ -88,7 +102,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--split", choices=(*SIDES, "all"), default="test")
     parser.add_argument("--json", type=Path, help="write the scores here too")
     parser.add_argument(
-        "--plots", type=Path, help="folder for confusion matrix or CED, worst cases"
+        "--plots", type=Path, help="folder for confusion matrix or CED, slices, worst cases"
     )
     args = parser.parse_args()
     if not args.job:
@@ -107,13 +121,14 @@ class Faces:
 
     Attributes:
         ids: (n,) unicode.
-        groups: (n,) unicode; the person where known, else the id. Intervals resample groups,
-            since frames of one person are no independent evidence.
+        groups: (n,) unicode; the person where known, else the cluster of copies, else the id.
+            Intervals resample groups, since frames of one person are no independent evidence.
         images: uint8 (n, S, S, C).
         emotions: int64 (n,), or None for landmarks.
         landmarks: float32 (n, N, 2) in crop coordinates; None for emotion.
         visible: bool (n, N); None for emotion.
         unusable: how many rows were left out, by reason.
+        traits: one row a face, the columns of `pipelines.slices`; None where not asked for.
     """
 
     ids: np.ndarray
@@ -123,6 +138,7 @@ class Faces:
     landmarks: np.ndarray | None
     visible: np.ndarray | None
     unusable: dict[str, int]
+    traits: pd.DataFrame | None = None
 
 
 def evaluate_job(name: str, params: Params) -> None:
@@ -138,8 +154,10 @@ def evaluate_job(name: str, params: Params) -> None:
     with load(path) as model:
         outputs = model.predict(faces.images)
     scores = measure(faces, outputs, params.evaluate) | {"split": "val"}
+    scores |= by_slice(faces, outputs, params.evaluate)
     with whole_folder(report) as out:
         write_plots(faces, outputs, params.evaluate, out, f"{name}, validation")
+        draw_slices(scores, out, f"{name}, validation")
         np.save(out / "outputs.npy", outputs)
         (out / "scores.json").write_text(json.dumps(scores, indent=2) + "\n")
     compact = {name: value for name, value in scores.items() if isinstance(value, int | float)}
@@ -154,9 +172,16 @@ def faces_of_shards(name: TaskName, task: Task) -> Faces:
     """Load the validation side as `augment` cropped it."""
     view = read_view(Path("data/augment", name), "val")
     index = pd.read_parquet(Path("data/split", task.dataset, "index.parquet")).set_index("id")
-    groups = index.loc[view.ids, "group"].to_numpy(str)
+    rows = index.loc[view.ids]
     return Faces(
-        view.ids, groups, view.images, view.emotions, view.landmarks, view.visible, unusable={}
+        view.ids,
+        rows["group"].to_numpy(str),
+        view.images,
+        view.emotions,
+        view.landmarks,
+        view.visible,
+        unusable={},
+        traits=rows[COLUMNS],
     )
 
 
@@ -177,7 +202,7 @@ def faces_of_side(name: TaskName, task: Task, side: str, limit: int | None = Non
 def faces_of_archive(
     dataset: str, archive: Path | None, split: str, model: Runtime, task: TaskName, params: Params
 ) -> Faces:
-    """Read an archive's side in the shape a model takes.
+    """Read an archive's side in the shape a model takes, with traits.
 
     Raises:
         GrimaceError: the side is empty; says what there is.
@@ -192,14 +217,17 @@ def faces_of_archive(
     def of_side() -> Iterator[Example]:
         for row in rows:
             lost = row.defect and not (row.official_split or row.person)
-            side = row.official_split or side_of(row.person or row.id, params.split)
+            # As if the source had all three: where a part of it is missing, what it calls train
+            # must not be taken for a test of a model that was trained on it.
+            among = choices_of(row.official_split, SIDES, dataset)
+            side = side_of(row.person or row.id, params.split, among)
             found["unknown" if lost else side] += 1
             if lost or split in (side, "all"):
                 yield row
 
     size, _, channels = model.input_shape
     settings = params.tasks.named(task).model_copy(update={"size": size, "channels": channels})
-    faces = crop_all(of_side(), task, settings)
+    faces = crop_all(of_side(), task, settings, partial(traits_of, dataset=dataset))
     if not len(faces.ids):
         there = ", ".join(f"{side} {count}" for side, count in sorted(found.items())) or "nothing"
         raise GrimaceError(
@@ -209,10 +237,18 @@ def faces_of_archive(
     return faces
 
 
-def crop_all(rows: Iterable[Example], name: TaskName, task: Task) -> Faces:
-    """Decode and crop examples; what cannot be used is counted by reason."""
+def crop_all(
+    rows: Iterable[Example],
+    name: TaskName,
+    task: Task,
+    traits: Callable[[Example], dict[str, Any]] | None = None,
+) -> Faces:
+    """Decode and crop examples; what cannot be used is counted by reason.
+
+    `traits`, where given, is asked for each face that is used.
+    """
     unusable: Counter[str] = Counter()
-    ids, groups, images, emotions, points, visible = [], [], [], [], [], []
+    ids, groups, images, emotions, points, visible, found = [], [], [], [], [], [], []
     for row in rows:
         if row.defect or (row.emotion < 0 if name == "emotion" else not row.visible.any()):
             unusable[row.defect or f"no label for {name}"] += 1
@@ -224,11 +260,13 @@ def crop_all(rows: Iterable[Example], name: TaskName, task: Task) -> Faces:
             continue
         crop, landmarks, mask = plain_view(row, image, task)
         ids.append(row.id)
-        groups.append(row.person or row.id)
+        groups.append(row.person or row.cluster or row.id)
         images.append(crop)
         emotions.append(row.emotion)
         points.append(landmarks)
         visible.append(mask)
+        if traits:
+            found.append(traits(row))
     is_emotion = name == "emotion"
     return Faces(
         ids=np.array(ids, str),
@@ -238,6 +276,7 @@ def crop_all(rows: Iterable[Example], name: TaskName, task: Task) -> Faces:
         landmarks=None if is_emotion else np.array(points, np.float32),
         visible=None if is_emotion else np.array(visible, bool),
         unusable=dict(unusable),
+        traits=pd.DataFrame(found, columns=COLUMNS) if traits else None,
     )
 
 
@@ -355,6 +394,35 @@ def landmark_errors(faces: Faces, outputs: np.ndarray) -> tuple[np.ndarray, np.n
     )
 
 
+def by_slice(faces: Faces, outputs: np.ndarray, settings: Evaluate) -> dict[str, Any]:
+    """Return a task's first metric by slice, and for landmarks the box NME beside it.
+
+    Args:
+        faces: with traits.
+        outputs: as for `measure`.
+        settings: number of resamples, and their seed.
+
+    Returns:
+        Ready for JSON: `slices` as `figures_by_slice` gives it; and `nme_box_yaw_mean`, the mean
+        of the three yaw bins (AFLW2000-3D's headline), where all three have faces.
+    """
+    assert faces.traits is not None
+    if faces.emotions is not None:
+        right = outputs.argmax(-1) == faces.emotions
+        figures = {"accuracy": right.astype(float)}
+    else:
+        errors, _, boxed = landmark_errors(faces, outputs)
+        figures = {"nme_interocular": errors, "nme_box": boxed}
+    slices = figures_by_slice(
+        figures, bins_of(faces.traits), faces.groups, bootstrap_weights(faces.groups, settings)
+    )
+    found: dict[str, Any] = {"slices": slices}
+    turned = [row["nme_box"] for row in slices.get("yaw", {}).values() if row.get("nme_box")]
+    if len(turned) == len(YAW_BINS):
+        found["nme_box_yaw_mean"] = float(np.mean(turned))
+    return found
+
+
 def bootstrap_weights(groups: np.ndarray, settings: Evaluate) -> Iterator[np.ndarray]:
     """Yield (r, n) counts of how often each example is drawn when whole groups are resampled.
 
@@ -387,7 +455,7 @@ def _intervals(
 
 def headline(scores: dict[str, Any]) -> str:
     """Return one line: the deciding metric with its interval."""
-    name = "accuracy" if scores["task"] == "emotion" else "nme_interocular"
+    name = DECIDES[scores["task"]]
     low, high = scores["ci95"][name]
     return f"{name} {scores[name]:.2%} (95 % interval {low:.2%} to {high:.2%}, n = {scores['n']})"
 
@@ -421,6 +489,12 @@ def write_plots(
         points=[faces.landmarks[row][faces.visible[row]] for row in worst],
         more_points=[predicted[row] for row in worst],
     )
+
+
+def draw_slices(scores: dict[str, Any], out: Path, title: str) -> None:
+    """Write slices.png: the task's first metric in every slice."""
+    name = DECIDES[scores["task"]]
+    plot_slices(scores["slices"], name, scores[name], out / "slices.png", title)
 
 
 def _plot_confusion(truth: np.ndarray, answers: np.ndarray, out: Path, title: str) -> None:

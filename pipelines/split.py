@@ -48,7 +48,7 @@ IMPROBABLE = 1e-6
 COLOURS = ["#4878a8", "#e8a33d", "#6aa84f", "#bbbbbb"]  # train, val, test, out
 
 # The collections that 300W-LP was made of; they differ in difficulty.
-PARTS = {"the300w_lp": re.compile("AFW|HELEN|IBUG|LFPW", re.IGNORECASE)}
+PARTS = {"the300w_lp": re.compile("^(AFW|HELEN|IBUG|LFPW)")}
 
 
 def main() -> None:
@@ -96,7 +96,7 @@ def make_index(
         GrimaceError: chance does not explain how a class was divided.
     """
     rows = [
-        (e.id, e.official_split, e.person or e.id, e.person, e.cluster, _class_of(e))
+        (e.id, e.official_split, e.person or e.id, e.person, e.cluster, class_of(e))
         for e in examples
     ]
     columns = ["id", "official", "key", "person", "cluster", "class"]
@@ -110,7 +110,7 @@ def make_index(
     table.loc[table["reason"] != "", "split"] = OUT
     table["group"] = table["person"].where(table["person"] != "", table["cluster"])
     table["group"] = table["group"].where(table["group"] != "", table["id"])
-    table["source"] = [_source_of(dataset, id) for id in table["id"]]
+    table["source"] = [source_of(dataset, id) for id in table["id"]]
     return table.merge(measured[["id", *MEASURED]], "left", on="id", validate="1:1")[COLUMNS]
 
 
@@ -160,13 +160,15 @@ def _choices(official: pd.Series, dataset: str) -> list[tuple[str, ...]]:
     return [known[side] for side in official]
 
 
-def _class_of(example: Example) -> str:
+def class_of(example: Example) -> str:
+    """Return the emotion, else the source's own word for the class, else "unlabelled"."""
     return EMOTIONS[example.emotion] if example.emotion >= 0 else example.label or "unlabelled"
 
 
-def _source_of(dataset: str, id: str) -> str:
+def source_of(dataset: str, id: str) -> str:
+    """Return the dataset's name, with the part of it that an id tells."""
     part = PARTS[dataset].search(id) if dataset in PARTS else None
-    return f"{dataset} {part.group().upper()}" if part else dataset
+    return f"{dataset} {part.group()}" if part else dataset
 
 
 def _check_draw(table: pd.DataFrame, dataset: str, params: Split) -> None:

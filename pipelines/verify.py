@@ -16,11 +16,17 @@ import numpy as np
 
 from pipelines import tracking
 from pipelines.cli import GrimaceError, run, whole_folder
-from pipelines.evaluate import Faces, faces_of_side, headline, measure, write_plots
+from pipelines.evaluate import (
+    DECIDES,
+    Faces,
+    faces_of_side,
+    headline,
+    measure,
+    write_plots,
+)
 from pipelines.params import Params, TaskName, Verify, load_params
 from pipelines.runtimes import load
 
-DECIDES = {"emotion": "accuracy", "landmarks": "nme_interocular"}
 BUNDLES = ("tflite", "tfjs", "tensorrt")
 FILES = (".tflite", ".onnx", ".engine")  # a TF.js model is a folder
 

@@ -207,7 +207,7 @@ def expected_emotion(pairs: list[tuple[int, int]]) -> dict:
 
 def expected_landmarks(labelled: list[np.ndarray], answer: np.ndarray) -> dict:
     """Crop around the visible points, then error by error."""
-    whole, inner = [], []
+    whole, inner, boxed = [], [], []
     for points in labelled:
         seen = [i for i in range(68) if np.isfinite(points[i]).all()]
         if not {36, 45} <= set(seen):
@@ -217,6 +217,8 @@ def expected_landmarks(labelled: list[np.ndarray], answer: np.ndarray) -> dict:
         truth = (points - ((low + high) / 2 - side / 2)) / side
         eyes = np.hypot(*(truth[36] - truth[45]))
         error = {i: np.hypot(*(truth[i] - answer[i])) / eyes for i in seen}
+        width, height = (high - low) / side
+        boxed.append(np.mean(list(error.values())) * eyes / np.sqrt(width * height))
         whole.append(np.mean(list(error.values())))
         inner.append(np.mean([error[i] for i in seen if i >= 17]))
     bounds = (np.arange(20_000) + 0.5) / 20_000 * 0.1
@@ -224,6 +226,7 @@ def expected_landmarks(labelled: list[np.ndarray], answer: np.ndarray) -> dict:
         "n": len(whole),
         "nme_interocular": np.mean(whole),
         "nme_interocular_inner": np.mean(inner),
+        "nme_box": np.mean(boxed),
         "fr10": np.mean([error > 0.1 for error in whole]),
         "auc10": np.mean([np.mean([error <= bound for error in whole]) for bound in bounds]),
     }
@@ -440,6 +443,79 @@ def test_unlabelled_frames_and_rows_without_frames(score, tmp_path, frames):
     }
 
 
+def test_a_model_of_another_scheme_is_refused(score, tmp_path, frames):
+    archive = zipped(tmp_path / "ytf.zip", ytf_archive("test", frames[:4]))
+    model = constant(tmp_path / "fifteen.onnx", np.full((15, 2), 0.5))
+    command = ("--model", model, "--dataset", "ytf_keypoints", "--archive", archive)
+    line = complaint(score, *command, "--split", "all")
+    assert "answers 15 points, the faces have 68" in line
+
+
+# Slices
+
+
+def test_emotion_figures_by_slice(score, reader, tmp_path):
+    rng = np.random.default_rng(8)
+    rows = [("test", int(label), int(answer)) for label, answer in rng.integers(0, 7, (60, 2))]
+    rows += [("test", 2, 2)] * 20
+    archive = fer_archive("zip", tmp_path, rows)
+    plots = tmp_path / "plots"
+    found = score(
+        *("--model", reader, "--dataset", "fer2013", "--archive", archive, "--plots", plots)
+    )
+    slices = found["slices"]
+    assert list(slices) == ["class", "brightness", "face_size", "source"]  # no yaw known
+    assert list(slices["class"]) == list(EMOTIONS)
+    for emotion, row in slices["class"].items():
+        assert row["n"] == found["per_class"][emotion]["n"]
+        assert row["accuracy"] == pytest.approx(found["per_class"][emotion]["recall"])
+        assert (row["ci95"] is None) == (row["n"] < 10)
+    low, high = slices["class"]["fear"]["ci95"]["accuracy"]
+    assert low < slices["class"]["fear"]["accuracy"] < high
+    for column in ("brightness", "face_size", "source"):
+        assert sum(row["n"] for row in slices[column].values()) == len(rows)
+    assert slices["face_size"]["32-64"]["accuracy"] == pytest.approx(found["accuracy"])
+    assert slices["source"]["fer2013"]["ci95"]["accuracy"] == found["ci95"]["accuracy"]
+    # The flat pictures are as bright as the answer that `reader` will give.
+    order = np.argsort([answer for _, _, answer in rows], kind="stable")
+    third = [rows[number] for number in order[: slices["brightness"]["dark third"]["n"]]]
+    share = np.mean([label == answer for _, label, answer in third])
+    assert slices["brightness"]["dark third"]["accuracy"] == pytest.approx(share)
+    assert is_picture(plots / "slices.png")
+
+
+def test_landmark_figures_by_slice(score, tmp_path, frames):
+    answer = mean_face(frames).astype(np.float32)
+    found = score(
+        *("--model", constant(tmp_path / "mean.onnx", answer), "--dataset", "ytf_keypoints"),
+        *("--archive", zipped(tmp_path / "ytf.zip", ytf_archive("test", frames))),
+        *("--split", "all"),
+    )
+    assert "class" not in found["slices"]  # none has one
+    sizes: dict[str, list] = {}
+    for _, _, points in frames:
+        longer = np.ptp(points[np.isfinite(points).all(1)], 0).max()
+        name = next(
+            (
+                f"{low}-{low * 2}" if low else "under 32"
+                for low in (0, 32, 64)
+                if longer < (low or 16) * 2
+            ),
+            "128 or more",
+        )
+        sizes.setdefault(name, []).append(points)
+    assert found["slices"]["face_size"].keys() == sizes.keys()
+    for name, labelled in sizes.items():
+        row = found["slices"]["face_size"][name]
+        expected = expected_landmarks(labelled, answer)
+        assert row["n"] == len(labelled)  # the one without eyes has a box
+        assert row["nme_interocular"] == pytest.approx(expected["nme_interocular"], abs=1e-5)
+    whole = found["slices"]["source"]["ytf_keypoints"]
+    assert whole["nme_interocular"] == pytest.approx(found["nme_interocular"])
+    assert whole["nme_box"] == pytest.approx(found["nme_box"], rel=0.05)
+    assert sum(row["n"] for row in found["slices"]["yaw"].values()) <= 36
+
+
 # The same model in every runtime
 
 
@@ -511,7 +587,7 @@ def test_models_that_are_none(score, tmp_path, frames):
     line = complaint(score, "--model", five, *command)
     assert "(5,)" in line
     assert "(7,)" in line
-    assert "(68, 2)" in line
+    assert "(68, 2) or (15, 2)" in line
     line = complaint(score, "--model", tmp_path / "absent.tflite", *command)
     assert "absent.tflite does not exist" in line
     points = constant(tmp_path / "points.onnx", mean_face(frames))
@@ -698,6 +774,12 @@ def test_a_job_is_measured_on_validation_only(evaluated):
     right = [face.emotion == row.argmax() for face, row in zip(wanted, outputs, strict=True)]
     assert scores["accuracy"] == pytest.approx(np.mean(right))
     assert is_picture(report / "residual" / "worst.png")
+    assert is_picture(report / "residual" / "slices.png")
+    slices = scores["slices"]
+    assert list(slices) == ["class", "brightness", "yaw", "face_size", "source"]
+    assert sum(row["n"] for row in slices["yaw"].values()) == len(wanted)
+    whole = slices["source"]["synthetic"]
+    assert (whole["n"], whole["accuracy"]) == (len(wanted), pytest.approx(scores["accuracy"]))
     compact = json.loads((report / "residual.json").read_text())
     assert compact["accuracy"] == scores["accuracy"]
     assert all(isinstance(value, int | float) for value in compact.values())

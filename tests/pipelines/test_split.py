@@ -1,23 +1,34 @@
+import hashlib
+import io
 import json
 import shutil
 import sys
+import zipfile
 from collections.abc import Iterable
 from dataclasses import replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
+import cv2
 import numpy as np
 import pandas as pd
 import pytest
 from PIL import Image
 
 from models.schemes import EMOTIONS
+from pipelines.checks import duplicates
+from pipelines.checks.judge import Kept, judge
+from pipelines.checks.measures import COLUMNS as MEASURES
 from pipelines.cli import GrimaceError
+from pipelines.crops import decode
+from pipelines.datasets import examples as read_archive
+from pipelines.datasets.archive import open_archive
 from pipelines.datasets.example import Example
 from pipelines.datasets.table import write_examples
-from pipelines.params import Split
+from pipelines.params import Split, load_params
 from pipelines.split import COLUMNS, OUT, SIDES, absent, check, main, make_index, side_of
 
 ROOT = Path(__file__).parents[2]
+REAL_DATA = ROOT.parent / "shared/datasets"
 PARAMS = Split(seed=2026, val=0.15, test=0.2)
 NOTHING = pd.DataFrame(columns=["id", "brightness", "yaw", "face_size"])
 
@@ -436,3 +447,148 @@ def test_the_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> N
     with pytest.raises(GrimaceError, match="no example on the"):
         main()
     assert len(pd.read_parquet("data/split/fer2013/index.parquet")) == 360
+
+
+# Real data: the filter's own search for copies, then the split, then a search that shares nothing
+
+
+def found_by_filter(faces: list[Example]) -> list[Example]:
+    """What the copy checks of `filter` leave, with clusters; every other check is off."""
+    rows, small = [], np.zeros((len(faces), 32, 32), np.uint8)
+    for number, face in enumerate(faces):
+        rgb = decode(face.image, 3)
+        small[number] = duplicates.small_version(cv2.cvtColor(rgb, cv2.COLOR_RGB2GRAY))
+        hash, mirrored = duplicates.perceptual_hashes(small[number])
+        rows.append(
+            {
+                "id": face.id,
+                "class": EMOTIONS[face.emotion] if face.emotion >= 0 else "unlabelled",
+                "label": face.emotion,
+                "official_split": face.official_split,
+                "person": face.person,
+                "std": rgb.std(),
+                "pixels": duplicates.pixel_digest(rgb),
+                "hash": hash,
+                "mirror_hash": mirrored,
+            }
+        )
+    checks = load_params(ROOT / "params.yaml").filter.checks
+    off = {
+        name: getattr(checks, name).model_copy(update={"action": "off"})
+        for name in type(checks).model_fields
+        if name not in ("exact_duplicate", "near_duplicate")
+    }
+    texts = {"defect": "", "unreadable": ""}
+    measures = pd.DataFrame(rows).assign(**texts).reindex(columns=[*MEASURES, "haar", "blazeface"])
+    kept = Kept(
+        small,
+        np.zeros((len(faces), 48, 48), np.uint8),
+        [face.landmarks for face in faces],
+        [face.visible for face in faces],
+    )
+    table, _ = judge(measures, kept, checks.model_copy(update=off))
+    cluster = dict(zip(table["id"], table["cluster"], strict=True))
+    stays = set(table["id"][table["kept"]])
+    return [replace(face, cluster=cluster[face.id]) for face in faces if face.id in stays]
+
+
+def decoded(image: bytes) -> tuple[bytes, np.ndarray]:
+    """Digest of the pixels, and a grey 24x24 version; without the project's code."""
+    picture = Image.open(io.BytesIO(image)).convert("RGB")
+    digest = hashlib.md5(repr(picture.size).encode() + picture.tobytes()).digest()
+    return digest, np.asarray(picture.convert("L").resize((24, 24), Image.Resampling.BOX))
+
+
+def patterns(small: Iterable[np.ndarray]) -> np.ndarray:
+    """Rows of which products are correlations."""
+    flat = np.stack([picture.ravel() for picture in small]).astype(np.float32)
+    flat -= flat.mean(1, keepdims=True)
+    return flat / (np.linalg.norm(flat, axis=1, keepdims=True) + 1e-6)
+
+
+def alike(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """For each of the first, the highest correlation with any of the second."""
+    blocks = [first[start : start + 512] @ second.T for start in range(0, len(first), 512)]
+    return np.concatenate([block.max(1) for block in blocks])
+
+
+@pytest.fixture(scope="module")
+def ytf() -> Path:
+    path = REAL_DATA / "ytf_keypoints.zip"
+    if not path.exists():
+        pytest.skip(f"{path.name} is not in shared/datasets beside the repository")
+    return path
+
+
+@pytest.fixture(scope="module")
+def fer() -> Path:
+    path = REAL_DATA / "fer2013.zip"
+    if not path.exists():
+        pytest.skip(f"{path.name} is not in shared/datasets beside the repository")
+    return path
+
+
+def test_nobody_straddles_in_ytf(ytf: Path) -> None:
+    faces = [face for face in read_archive("ytf_keypoints", open_archive(ytf)) if not face.defect]
+    index = index_of(found_by_filter(faces), dataset="ytf_keypoints")
+    check(index, "ytf_keypoints")
+    sides = dict(zip(index["id"], index["split"], strict=True))
+    by_name: dict[str, set[str]] = {}
+    by_pixels: dict[bytes, set[str]] = {}
+    held, small = [], []
+    with zipfile.ZipFile(ytf) as archive:
+        for member in archive.namelist():
+            path = PurePosixPath(member)
+            if path.suffix != ".jpg":
+                continue
+            name, _, number = path.stem.rpartition("_")
+            key = hashlib.sha256(name.encode()).hexdigest()[:10]
+            side = sides.get(f"ytf-{key}-{path.parent.name}-{number}", OUT)
+            if side == OUT:
+                continue
+            pixels, picture = decoded(archive.read(member))
+            held.append(side != "train")
+            small.append(picture)
+            by_name.setdefault(name, set()).add(side)
+            by_pixels.setdefault(pixels, set()).add(side)
+    assert len(held) == (index["split"] != OUT).sum() > 3000
+    assert len(by_name) > 300
+    assert [name for name, found in by_name.items() if len(found) > 1] == []
+    assert max(map(len, by_pixels.values())) == 1
+    assert 0.2 < np.mean(held) < 0.5
+    look = patterns(small)
+    assert alike(look[np.array(held)], look[~np.array(held)]).max() < 0.985
+
+
+def test_no_copy_straddles_in_fer2013(fer: Path) -> None:
+    """All of the held-out sides, and of training what is like one of them, and every 30th more."""
+    everything = list(read_archive("fer2013", open_archive(fer)))
+    digests, small = zip(*(decoded(face.image) for face in everything), strict=True)
+    look = patterns(small)
+    held = np.array([face.official_split != "train" for face in everything])
+    likeness = np.ones(len(everything))
+    likeness[~held] = alike(look[~held], look[held])
+    chosen = (likeness > 0.9) | (np.arange(len(everything)) % 30 == 0)
+    assert (likeness[~held] > 0.985).sum() > 500 and chosen.sum() < 10_000
+
+    faces = [face for face, wanted in zip(everything, chosen, strict=True) if wanted]
+    cleaned = found_by_filter(faces)
+    index = index_of(cleaned, dataset="fer2013").set_index("id")
+    check(index.reset_index(), "fer2013")
+    assert len(cleaned) < len(faces)  # copies to the pixel
+    assert (index["split"] == OUT).sum() > 300  # near copies
+    assert not index["reason"].str.endswith("train side").any()
+
+    sides = index["split"].to_dict()
+    official = {face.id: face.official_split for face in everything}
+    assert all(side in (official[id], OUT) for id, side in sides.items())
+    by_pixels: dict[bytes, set[str]] = {}
+    rows: dict[str, list[int]] = {side: [] for side in SIDES}
+    for number, face in enumerate(everything):
+        side = sides.get(face.id, OUT)
+        if side != OUT:
+            rows[side].append(number)
+            by_pixels.setdefault(digests[number], set()).add(side)
+    assert max(map(len, by_pixels.values())) == 1
+    for one, other in (("train", "val"), ("train", "test"), ("val", "test")):
+        assert alike(look[rows[one]], look[rows[other]]).max() < 0.985
