@@ -1,8 +1,11 @@
 """Stage `download`: fetch a dataset, check it, and store it as TFDS shards in `data/raw/NAME`.
 
-An archive is looked for in the folder that GRIMACE_ARCHIVES names, then in `data/archives/`, then
-fetched from the `url` in params.yaml. Where a licence or a log-in stands in the way, the error says
-which page to open and where to put the file. `synthetic` is drawn here and needs no archive.
+An archive is looked for in the folder that GRIMACE_ARCHIVES names, then in `data/archives/`. Where
+neither has it, it is fetched into the latter from the first source of the dataset that answers, in
+this order: the TFDS catalogue (`catalogue` in params.yaml), Kaggle (`kaggle`; its client finds the
+credentials), plain HTTP (`url`). A download that was killed goes on where it stopped. Where only a
+person can get further, at a licence or a log-in, the error says which page to open and where to put
+the file. `synthetic` is drawn here and needs no archive.
 """
 
 import argparse
@@ -10,35 +13,37 @@ import hashlib
 import json
 import os
 import sys
-import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import requests
 from tqdm import tqdm
 
 from models.schemes import EMOTIONS
 from pipelines import datasets
 from pipelines.cli import GrimaceError, run
-from pipelines.datasets.archive import Archive, open_archive, web_page_notice
+from pipelines.datasets.archive import Archive, open_archive
+from pipelines.datasets.catalogue import fetch_listed
 from pipelines.datasets.example import Example
+from pipelines.datasets.fetch import by_hand, fetch, part_of
+from pipelines.datasets.kaggle import fetch_from_kaggle
 from pipelines.params import ArchiveSource, SyntheticSource, load_params
 
 ARCHIVES = Path("data/archives")
 RAW = Path("data/raw")
 REPORTS = Path("reports/download")
 
-_ATTEMPTS = 5
-_TIMEOUT_S = 60
 _BLOCK = 1 << 20
 
 
 def main() -> None:
     """Make one raw dataset and its report."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=__doc__,
+        epilog=_list_sources(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--dataset", required=True, choices=datasets.DATASETS)
     name = parser.parse_args().dataset
@@ -74,15 +79,15 @@ def find_or_fetch(name: str, source: ArchiveSource) -> Archive:
         if (place / source.archive).exists():
             return open_archive(place / source.archive)
     path = ARCHIVES / source.archive
-    if source.url is None:
+    fetchers = _fetchers(source, path)
+    if not fetchers:
         looked = " and ".join(str(place) for place in places)
         raise GrimaceError(
             f"{source.archive} is not in {looked}, and {name} cannot be fetched without a person: "
-            f"open {source.page}, accept its terms, download the archive, put it at {path} "
-            "(or in the folder that GRIMACE_ARCHIVES names) and run the same again; the unpacked "
-            f"folder serves too, if download.{name}.archive in params.yaml names it"
+            f"{by_hand(source.page, path)}; the unpacked folder serves too, if "
+            f"download.{name}.archive in params.yaml names it"
         )
-    fetch(source.url, path, source.page)
+    _fetch_from_first(fetchers, path)
     try:
         return open_archive(path)
     except GrimaceError:
@@ -120,89 +125,43 @@ def check_sum(name: str, archive: Archive, source: ArchiveSource) -> dict[str, A
     }
 
 
-def fetch(url: str, target: Path, page: str) -> None:
-    """Download a file, going on from where an earlier attempt or run stopped.
+def _list_sources() -> str:
+    """Lines for `--help`: the datasets and what `find_or_fetch` tries for each."""
+    try:
+        download = load_params().download
+    except GrimaceError as error:  # help must come also where nothing else works
+        return f"the sources of the datasets stand in params.yaml, but {error}"
+    lines = ["sources of the datasets, as params.yaml names them:"]
+    for name in datasets.FROM_ARCHIVES:
+        source: ArchiveSource = getattr(download, name)
+        remote = {"TFDS": source.catalogue, "Kaggle": source.kaggle, "HTTP": source.url}
+        tried = [f"{kind} {place}" for kind, place in remote.items() if place]
+        lines.append(f"  {name}: {', '.join([source.archive, *tried, source.page])}")
+    return "\n".join(lines)
 
-    Args:
-        url: what to fetch over HTTP.
-        target: where the whole file goes; until then it is `target` with ".part" added.
-        page: where a person gets the file, for error messages.
 
-    Raises:
-        GrimaceError: the server refuses, sends a web page, or keeps breaking off.
-    """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    part = target.with_name(f"{target.name}.part")
-    problem = ""
-    for attempt in range(_ATTEMPTS):
-        if attempt:
-            time.sleep(min(2 ** (attempt - 1), 8))
+def _fetchers(source: ArchiveSource, path: Path) -> list[Callable[[], None]]:
+    """What fetches the archive to `path` without a person, in the order to try."""
+    known = (
+        (fetch_listed, source.catalogue),
+        (fetch_from_kaggle, source.kaggle),
+        (fetch, source.url),
+    )
+    return [partial(how, place, path, source.page) for how, place in known if place]
+
+
+def _fetch_from_first(fetchers: list[Callable[[], None]], path: Path) -> None:
+    """Fetch from the first source that can, and say why an earlier one could not."""
+    *others, last = fetchers
+    for fetcher in others:
         try:
-            if _fetch_rest(url, part, page):
-                part.rename(target)
-                return
-            problem = "the server broke off"
-        except requests.RequestException as error:
-            problem = str(error) if isinstance(error, requests.HTTPError) else type(error).__name__
-    done = part.stat().st_size if part.exists() else 0
-    raise GrimaceError(
-        f"{url} did not come whole in {_ATTEMPTS} attempts ({problem}, {done:,} bytes so far): "
-        f"run the same again to go on from there, or get the file from {page} and put it at "
-        f"{target}"
-    )
-
-
-def _fetch_rest(url: str, part: Path, page: str) -> bool:
-    """Append what is missing to `part`; return whether it is whole now."""
-    version = part.with_name(f"{part.name}.etag")
-    done = part.stat().st_size if part.exists() else 0
-    headers = {"Accept-Encoding": "identity"}
-    if done:
-        headers["Range"] = f"bytes={done}-"
-        if version.exists():  # start over rather than join the halves of two versions
-            headers["If-Range"] = version.read_text()
-    with requests.get(url, headers=headers, stream=True, timeout=_TIMEOUT_S) as reply:
-        if reply.status_code == requests.codes.requested_range_not_satisfiable:
-            # Either nothing is missing any more, or the file at the server is another one.
-            whole = reply.headers.get("Content-Range", "").rpartition("/")[2] == str(done)
-            if not whole:
-                part.unlink()
-        elif reply.status_code == requests.codes.too_many_requests or reply.status_code >= 500:
-            raise requests.HTTPError(f"{reply.status_code} {reply.reason}")
-        elif not reply.ok:
-            raise GrimaceError(_refusal(url, f"answers {reply.status_code} {reply.reason}", page))
-        else:
-            version.unlink(missing_ok=True)
-            if reply.headers.get("ETag", "").startswith('"'):  # weak ones promise too little
-                version.write_text(reply.headers["ETag"])
-            resumed = reply.status_code == requests.codes.partial_content
-            whole = _receive(reply, part, start=done if resumed else 0, page=page)
-    if whole:
-        version.unlink(missing_ok=True)
-    return whole
-
-
-def _receive(reply: requests.Response, part: Path, start: int, page: str) -> bool:
-    """Write a reply's body to `part` from byte `start` on; return whether all of it came."""
-    length = reply.headers.get("Content-Length")
-    total = start + int(length) if length else None
-    with (
-        part.open("ab" if start else "wb") as file,
-        tqdm(desc=part.stem, initial=start, total=total, unit="B", unit_scale=True) as bar,
-    ):
-        for block in reply.iter_content(_BLOCK):
-            if file.tell() == 0 and (notice := web_page_notice(block)):
-                raise GrimaceError(_refusal(reply.url, f"sends a web page ({notice!r})", page))
-            file.write(block)
-            bar.update(len(block))
-    return total is None or part.stat().st_size == total
-
-
-def _refusal(url: str, what: str, page: str) -> str:
-    return (
-        f"{url} {what} instead of data: open {page} in a browser, log in or accept the terms "
-        f"there, download the archive and put it in {ARCHIVES}"
-    )
+            return fetcher()
+        except GrimaceError as error:
+            # What has begun is gone on with next time: another source's bytes may be others.
+            if part_of(path).exists():
+                raise
+            print(f"warning: {error}. Now the next source is tried.", file=sys.stderr)
+    return last()
 
 
 def _generate(source: SyntheticSource) -> tuple[Iterator[Example], dict[str, Any], int]:

@@ -22,7 +22,15 @@ if TYPE_CHECKING:  # `params` asks this module what a dataset serves
 
 GENERATED = "synthetic"
 # `folder` last: many an archive looks like class folders.
-FROM_ARCHIVES = ("fer2013", "ytf_keypoints", "kaggle_keypoints", "affectnet", "folder")
+FROM_ARCHIVES = (
+    "fer2013",
+    "ytf_keypoints",
+    "kaggle_keypoints",
+    "affectnet",
+    "the300w_lp",
+    "aflw2k3d",
+    "folder",
+)
 DATASETS = (GENERATED, *FROM_ARCHIVES)
 
 LABELS: dict[str, tuple["TaskName", ...]] = {

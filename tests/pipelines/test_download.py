@@ -1,97 +1,25 @@
 import hashlib
 import json
 import sys
-import threading
 import zipfile
-from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
 
-from pipelines import download
+from pipelines import datasets, download
 from pipelines.cli import GrimaceError
 from pipelines.datasets.archive import open_archive
 from pipelines.datasets.builder import read
+from pipelines.datasets.catalogue import builder_class
 from pipelines.params import ArchiveSource
 
 PAGE = "https://example.org/dataset"
 PARAMS = Path(__file__).parents[2] / "params.yaml"
 
-
-class Server(ThreadingHTTPServer):
-    """Serves `content` at any path, with byte ranges; remembers what it was asked."""
-
-    daemon_threads = True
-    content = b""
-    etag = '"one"'
-    status = 200
-    break_off_after: int | None = None
-    next_version: tuple[bytes, str] | None = None  # content and ETag after a break-off
-
-    def __init__(self) -> None:
-        self.requests: list[dict[str, str]] = []
-        super().__init__(("127.0.0.1", 0), Handler)
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_port}/fer2013.zip"
-
-
-class Handler(BaseHTTPRequestHandler):
-    server: Server
-
-    def do_GET(self) -> None:
-        self.server.requests.append(dict(self.headers))
-        content, start = self.server.content, 0
-        if self.server.status != 200:
-            self.send_response(self.server.status)
-        elif "Range" in self.headers and self.headers.get("If-Range", self.server.etag) == (
-            self.server.etag
-        ):
-            start = int(self.headers["Range"].removeprefix("bytes=").removesuffix("-"))
-            if start >= len(content):
-                self.send_response(416)
-                self.send_header("Content-Range", f"bytes */{len(content)}")
-                content = b""
-            else:
-                self.send_response(206)
-                self.send_header(
-                    "Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}"
-                )
-        else:
-            self.send_response(200)
-        body = content[start:]
-        self.send_header("ETag", self.server.etag)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        if self.server.break_off_after is not None:
-            body = body[: self.server.break_off_after]
-            self.server.break_off_after = None
-            if self.server.next_version:
-                self.server.content, self.server.etag = self.server.next_version
-        self.wfile.write(body)
-
-    def log_message(self, *_: object) -> None:
-        pass
-
-
-@pytest.fixture
-def server() -> Iterator[Server]:
-    with Server() as server:
-        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-        yield server
-        server.shutdown()
-
-
-@pytest.fixture(autouse=True)
-def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every test works in a folder of its own, and waits for no server."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("GRIMACE_ARCHIVES", raising=False)
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.setattr(download.time, "sleep", lambda _: None)
+pytestmark = pytest.mark.usefixtures("elsewhere")
 
 
 def make_archive(path: Path) -> Path:
@@ -105,6 +33,12 @@ def make_archive(path: Path) -> Path:
 def source(**changes: object) -> ArchiveSource:
     fields = {"archive": "fer2013.zip", "url": None, "page": PAGE, "sha256": ()}
     return ArchiveSource.model_validate(fields | {"require_known": False} | changes)
+
+
+def list_in_catalogue(monkeypatch: pytest.MonkeyPatch, name: str, url: str, checksum: str) -> None:
+    """Have the catalogue's own class name another address and sum."""
+    infos = {url: SimpleNamespace(checksum=checksum)}
+    monkeypatch.setattr(builder_class(name), "url_infos", infos)
 
 
 def sha256(path: Path) -> str:
@@ -204,85 +138,114 @@ def test_wrong_dataset_is_named_before_its_sum(stage: Callable[..., None]) -> No
     assert not Path("data/raw/ytf_keypoints").exists()
 
 
-def test_fetches_what_no_folder_has(server: Server) -> None:
+def test_fetches_what_no_folder_has(server) -> None:
     server.content = make_archive(Path("origin.zip")).read_bytes()
     archive = download.find_or_fetch("fer2013", source(url=server.url))
     assert archive.path.read_bytes() == server.content
     assert [path.name for path in Path("data/archives").iterdir()] == ["fer2013.zip"]
 
 
-def test_resumes_within_a_run_after_the_server_breaks_off(server: Server) -> None:
-    server.content = bytes(range(256)) * 20_000
-    server.break_off_after = 3_000_000
-    download.fetch(server.url, Path("big.bin"), PAGE)
-    assert Path("big.bin").read_bytes() == server.content
-    first, second = server.requests
-    assert "Range" not in first
-    # Whole blocks of the broken transfer are kept.
-    assert int(second["Range"].removeprefix("bytes=").removesuffix("-")) >= 2 << 20
-
-
-def test_resumes_what_an_earlier_run_left(server: Server) -> None:
-    server.content = bytes(range(256)) * 10
-    Path("big.bin.part").write_bytes(server.content[:1000])
-    download.fetch(server.url, Path("big.bin"), PAGE)
-    assert Path("big.bin").read_bytes() == server.content
-    assert [request["Range"] for request in server.requests] == ["bytes=1000-"]
-
-
-def test_starts_over_when_the_file_has_changed(server: Server) -> None:
-    server.content = b"old" * 1_000_000
-    server.break_off_after = 2_500_000
-    server.next_version = b"new" * 1_000_000, '"two"'
-    download.fetch(server.url, Path("big.bin"), PAGE)
-    assert server.requests[1]["If-Range"] == '"one"'
-    assert Path("big.bin").read_bytes() == b"new" * 1_000_000
-    assert [path.name for path in Path().iterdir()] == ["big.bin"]
-
-
-def test_part_that_is_already_whole(server: Server) -> None:
-    server.content = b"everything"
-    Path("big.bin.part").write_bytes(b"everything")
-    download.fetch(server.url, Path("big.bin"), PAGE)
-    assert Path("big.bin").read_bytes() == b"everything"
-
-
-def test_part_longer_than_the_file_is_thrown_away(server: Server) -> None:
-    server.content = b"short"
-    Path("big.bin.part").write_bytes(b"of another, longer file")
-    download.fetch(server.url, Path("big.bin"), PAGE)
-    assert Path("big.bin").read_bytes() == b"short"
-
-
-def test_web_page_in_place_of_data(server: Server) -> None:
-    server.content = b"<html><head><title>Quota exceeded</title></head></html>"
-    with pytest.raises(GrimaceError) as raised:
-        download.find_or_fetch("fer2013", source(url=server.url))
-    assert "'Quota exceeded'" in str(raised.value)
-    assert PAGE in str(raised.value)
-    assert not Path("data/archives/fer2013.zip").exists()
-    # Nothing of the page is taken for the archive's beginning later.
-    server.content = make_archive(Path("origin.zip")).read_bytes()
-    archive = download.find_or_fetch("fer2013", source(url=server.url))
-    assert archive.path.read_bytes() == server.content
-
-
-def test_refusal_is_not_repeated_but_an_overloaded_server_is_asked_again(server: Server) -> None:
-    server.status = 403
-    with pytest.raises(GrimaceError, match=f"403 Forbidden.*{PAGE}"):
-        download.fetch(server.url, Path("big.bin"), PAGE)
-    assert len(server.requests) == 1
-    server.status = 503
-    with pytest.raises(GrimaceError, match=r"503 Service Unavailable.*run the same again"):
-        download.fetch(server.url, Path("big.bin"), PAGE)
-    assert len(server.requests) > 2
-
-
-def test_fetched_file_that_is_no_archive_is_not_kept(server: Server) -> None:
+def test_fetched_file_that_is_no_archive_is_not_kept(server) -> None:
     server.content = make_archive(Path("origin.zip")).read_bytes()[:-30]
     with pytest.raises(GrimaceError, match="ends early"):
         download.find_or_fetch("fer2013", source(url=server.url))
     assert list(Path("data/archives").iterdir()) == []
+
+
+def test_archive_of_the_catalogue_comes_with_its_sum_checked(
+    server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server.content = make_archive(Path("origin.zip")).read_bytes()
+    list_in_catalogue(monkeypatch, "the300w_lp", server.url, sha256(Path("origin.zip")))
+    archive = download.find_or_fetch("the300w_lp", source(catalogue="the300w_lp"))
+    assert archive.path.read_bytes() == server.content
+    archive.path.unlink()
+    list_in_catalogue(monkeypatch, "the300w_lp", server.url, "0" * 64)
+    with pytest.raises(GrimaceError) as raised:
+        download.find_or_fetch("the300w_lp", source(catalogue="the300w_lp"))
+    for part in (sha256(Path("origin.zip")), "0" * 64, PAGE, "data/archives/fer2013.zip"):
+        assert part in str(raised.value)
+    assert list(Path("data/archives").iterdir()) == []
+
+
+def test_drive_without_quota_is_answered_with_page_file_and_place(
+    server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server.content = b"<html><title>Google Drive - Quota exceeded</title></html>"
+    list_in_catalogue(monkeypatch, "the300w_lp", server.url, "0" * 64)
+    wanted = source(archive="300W-LP.zip", catalogue="the300w_lp")
+    with pytest.raises(GrimaceError) as raised:
+        download.find_or_fetch("the300w_lp", wanted)
+    for part in ("Quota exceeded", PAGE, "data/archives/300W-LP.zip", "GRIMACE_ARCHIVES"):
+        assert part in str(raised.value)
+
+
+def test_sums_in_params_are_those_of_the_catalogue() -> None:
+    listed = yaml.safe_load(PARAMS.read_text())["download"]
+    for name in ("the300w_lp", "aflw2k3d"):
+        (info,) = builder_class(listed[name]["catalogue"]).url_infos.values()
+        assert listed[name]["sha256"] == [info.checksum]
+        assert listed[name]["archive"] == info.filename
+
+
+def test_sources_are_tried_in_their_order(
+    server, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server.content = make_archive(Path("origin.zip")).read_bytes()
+    asked = []
+
+    def refuse(place: str, target: Path, page: str) -> None:
+        asked.append((place, target, page))
+        raise GrimaceError(f"{place} is closed")
+
+    monkeypatch.setattr(download, "fetch_listed", refuse)
+    monkeypatch.setattr(download, "fetch_from_kaggle", refuse)
+    remotes = {"catalogue": "aflw2k3d", "kaggle": "owner/faces", "url": server.url}
+    archive = download.find_or_fetch("fer2013", source(**remotes))
+    path = Path("data/archives/fer2013.zip")
+    assert asked == [("aflw2k3d", path, PAGE), ("owner/faces", path, PAGE)]
+    assert archive.path.read_bytes() == server.content
+    warnings = capsys.readouterr().err
+    assert "warning: aflw2k3d is closed" in warnings
+    assert "warning: owner/faces is closed" in warnings
+    # What lies here comes before them all.
+    asked.clear()
+    download.find_or_fetch("fer2013", source(**remotes))
+    assert asked == []
+
+
+def test_begun_download_is_not_gone_on_with_from_another_source(
+    server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    part = Path("data/archives/fer2013.zip.part")
+
+    def break_off(_: str, target: Path, __: str) -> None:
+        target.parent.mkdir(parents=True)
+        part.write_bytes(b"half")
+        raise GrimaceError("broke off")
+
+    monkeypatch.setattr(download, "fetch_from_kaggle", break_off)
+    with pytest.raises(GrimaceError, match="broke off"):
+        download.find_or_fetch("fer2013", source(kaggle="owner/faces", url=server.url))
+    assert part.read_bytes() == b"half"
+    assert server.requests == []
+
+
+def test_help_lists_the_sources(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["download", "--help"])
+    with pytest.raises(SystemExit):
+        download.main()
+    assert "params.yaml is missing" in capsys.readouterr().out
+    Path("params.yaml").write_text(PARAMS.read_text())
+    with pytest.raises(SystemExit):
+        download.main()
+    shown = capsys.readouterr().out
+    for name in datasets.FROM_ARCHIVES:
+        assert f"  {name}: " in shown
+    for part in ("fer2013.zip, Kaggle msambare/fer2013", "TFDS aflw2k3d", "GRIMACE_ARCHIVES"):
+        assert part in shown
 
 
 def test_synthetic_needs_no_archive(stage: Callable[..., None]) -> None:
