@@ -9,7 +9,7 @@ from markupsafe import Markup
 
 from pipelines import datasets, pages
 from pipelines.pages import Section, charts
-from pipelines.params import Check, Checks
+from pipelines.params import Checks
 
 ACTIONS = ("drop", "weight", "flag", "restored")
 MOST_ROWS = 60
@@ -23,10 +23,10 @@ MEANINGS = {
     "label_conflict": "copies of one picture carry different labels",
     "near_duplicate": "nearly the same picture as another: similar hash, and it correlates",
     "no_face": "too few detectors see a face",
-    "dark": "CleanVision's brightness score (0 bad to 1 good) is low",
-    "bright": "CleanVision's score for overexposure is beyond the bound",
-    "low_information": "CleanVision's score for information is low",
-    "blurred": "CleanVision's score for sharpness is low",
+    "dark": "its brightest parts (99th percentile, 0 to 1) are below the threshold",
+    "bright": "its darkest parts (5th percentile, 0 to 1) are above the threshold",
+    "low_information": "CleanVision's score of information, 0 to 1, is below the threshold",
+    "blurred": "CleanVision's score of sharpness, 0 to 1, is below the threshold",
     "small_face": "the longer side of the face is below so many pixels",
     "cut_off": "more than this share of the face box lies outside the picture",
     "landmarks_outside": "more than this share of the points lies outside the picture",
@@ -37,7 +37,7 @@ MEANINGS = {
 }
 
 MEASURES = (  # column, title, unit
-    ("brightness", "Brightness", "mean grey level"),
+    ("brightness", "Brightness", "mean, 0 black to 1 white"),
     ("blurred", "Sharpness", "CleanVision score, 0 blurred to 1 sharp"),
     ("std", "Contrast", "standard deviation of grey levels"),
     ("face_size", "Face size", "longer side, pixels"),
@@ -53,7 +53,7 @@ def write_audit(
     table: pd.DataFrame,
     findings: pd.DataFrame,
     pictures: Mapping[str, list[tuple[str, np.ndarray]]],
-    checks: Checks | None = None,
+    checks: Checks,
     command: str = "",
 ) -> None:
     """Write the report of one audit as a self-contained HTML page.
@@ -69,10 +69,13 @@ def write_audit(
         findings: id, check, score, threshold, action, evidence.
         pictures: by check, captions and uint8 (H, W, 1 or 3) pictures; without any, the page
             shows none.
-        checks: the settings, which then stand in the table of checks.
+        checks: the settings.
         command: what made the page; by default `filter` in the graph.
     """
-    table = table.assign(**{"class": table["class"].replace("", "unlabelled")})
+    table = table.reset_index(drop=True).assign(
+        **{"class": table["class"].replace("", "unlabelled")}
+    )
+    findings = findings.reset_index(drop=True)
     line = command or f"uv run python -m pipelines.filter --dataset {dataset}"
     raw, kept = len(table), int(table["kept"].sum())
     lead = [
@@ -89,7 +92,7 @@ def write_audit(
         Section("Distributions", _distributions(table)),
         Section("Duplicates", _duplicates(table, findings)),
         Section("The cascade's choice", _seed(table)),
-        Section("Suspected labels", _suspects(table, findings)),
+        Section("Suspected labels", _suspects(table, findings, checks)),
         Section("Missing landmarks", _landmarks(table)),
         Section("Pictures", _sheets(findings, pictures)),
         Section("Data card", [pages.markdown(datasets.card(dataset))]),
@@ -114,9 +117,7 @@ def _headline(table: pd.DataFrame, findings: pd.DataFrame) -> dict[str, str]:
     }
 
 
-def _found(
-    table: pd.DataFrame, findings: pd.DataFrame, checks: Checks | None
-) -> list[Markup | str]:
+def _found(table: pd.DataFrame, findings: pd.DataFrame, checks: Checks) -> list[Markup | str]:
     counts = pd.crosstab(findings["check"], findings["action"])
     order = [name for name in Checks.model_fields if name in counts.index]
     counts = counts.reindex(order, columns=[a for a in ACTIONS if a in counts.columns])
@@ -140,24 +141,22 @@ def _found(
     return [*blocks, pages.heading("Checks and their settings"), _settings(findings, checks)]
 
 
-def _settings(findings: pd.DataFrame, checks: Checks | None) -> Markup:
+def _settings(findings: pd.DataFrame, checks: Checks) -> Markup:
+    found = findings.groupby("check")["id"].nunique()
     rows = []
-    for name in Checks.model_fields:
-        found = findings[findings["check"] == name]
-        bounds = found["threshold"].dropna().unique()
-        setting = ", ".join(f"{bound:g}" for bound in sorted(bounds)[:3])
-        action = ", ".join(sorted(set(found["action"])))
-        if checks is not None:
-            check: Check = getattr(checks, name)
-            action = check.action + (f" to {check.weight:g}" if check.action == "weight" else "")
-            setting = ", ".join(
-                f"{key} {'+'.join(value) if isinstance(value, tuple) else value}"
-                for key, value in check.model_dump(exclude={"action", "weight"}).items()
+    for name, check in checks:
+        settings = [
+            f"{key} {' and '.join(value) if isinstance(value, tuple) else value}"
+            for key, value in check.model_dump(exclude={"action", "weight"}).items()
+        ]
+        rows.append(
+            (
+                f"{_words(name)}\n{MEANINGS[name]}",
+                check.action + (f" to {check.weight:g}" if check.action == "weight" else ""),
+                ", ".join(settings) or "–",
+                found.get(name, 0),
             )
-        elif found.empty:
-            continue
-        what = f"{_words(name)}\n{MEANINGS[name]}"
-        rows.append((what, action, setting or "–", found["id"].nunique()))
+        )
     columns = ["check", "action", "settings", "examples"]
     return pages.table(pd.DataFrame(rows, columns=columns), "Every check, in the order they decide")
 
@@ -238,18 +237,15 @@ def _duplicates(table: pd.DataFrame, findings: pd.DataFrame) -> list[Markup | st
             "examples": examples.reindex(counts.index).to_numpy(),
         }
     )
-    blocks: list[Markup | str] = [
-        f"{len(sizes):,} clusters of copies and near copies hold {sizes.sum():,} examples; "
-        f"{int((groups['class'].nunique() > 1).sum()):,} of them carry more than one class."
-    ]
-    if "official_split" in table:
+    said = f"{len(sizes):,} clusters of copies and near copies hold {sizes.sum():,} examples."
+    if table["class"].nunique() > 1:
+        mixed = int((groups["class"].nunique() > 1).sum())
+        said += f" {mixed:,} of them carry more than one class."
+    if "official_split" in table and table["official_split"].nunique() > 1:
         spanning = int((groups["official_split"].nunique() > 1).sum())
-        blocks.append(
-            f"{spanning:,} clusters span the source's own splits; the split stage takes their "
-            "training copies out."
-            if spanning
-            else "None spans the source's own splits."
-        )
+        said += f" {spanning:,} span the source's own splits; the split stage takes their training "
+        said += "copies out."
+    blocks: list[Markup | str] = [said]
     blocks.append(pages.table(shown, "Clusters by size", bars=["clusters", "examples"]))
     blocks.append(pages.heading("Label conflicts"))
     conflicts = table[table["id"].isin(findings.loc[findings["check"] == "label_conflict", "id"])]
@@ -303,7 +299,9 @@ def _seed(table: pd.DataFrame) -> list[Markup | str]:
     return [*blocks, dots, pages.table(by_class.reset_index(), caption, formats)]
 
 
-def _suspects(table: pd.DataFrame, findings: pd.DataFrame) -> list[Markup | str]:
+def _suspects(table: pd.DataFrame, findings: pd.DataFrame, checks: Checks) -> list[Markup | str]:
+    if checks.mislabelled.action == "off":
+        return ["The check for wrong labels is off."]
     found = findings[findings["check"] == "mislabelled"]
     if found.empty:
         return ["No label is suspected to be wrong."]
@@ -355,7 +353,8 @@ def _sheets(
     for check in [name for name in Checks.model_fields if pictures.get(name)]:
         found = findings.loc[findings["check"] == check, "id"].nunique()
         shown = pictures[check]
-        blocks.append(pages.heading(f"{_words(check).capitalize()} – {len(shown)} of {found:,}"))
+        title = _words(check).capitalize()
+        blocks.append(pages.heading(f"{title}: {found:,} found, {len(shown)} pictures"))
         blocks.append(pages.pictures(shown, _words(check)))
     return blocks
 
