@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import pandas as pd
 import pytest
 import yaml
 from onnx import TensorProto, helper, numpy_helper
@@ -21,7 +22,9 @@ from sklearn import metrics
 from models.schemes import EMOTIONS
 from pipelines import evaluate
 from pipelines.cli import GrimaceError, run
-from pipelines.datasets import synthetic
+from pipelines.datasets import examples, synthetic
+from pipelines.datasets.archive import open_archive
+from pipelines.datasets.table import write_examples
 from pipelines.evaluate import Faces, measure
 from pipelines.params import load_params
 from pipelines.split import side_of
@@ -516,6 +519,33 @@ def test_landmark_figures_by_slice(score, tmp_path, frames):
     assert sum(row["n"] for row in found["slices"]["yaw"].values()) <= 36
 
 
+def test_the_mean_over_yaw_bins_weighs_each_bin_alike():
+    rng = np.random.default_rng(12)
+    truth = rng.random((60, 68, 2)).astype(np.float32)
+    yaw = np.array([10] * 40 + [-50] * 15 + [80] * 5)
+    off = np.where(yaw == 80, 0.3, np.where(yaw == -50, 0.1, 0.02))[:, None, None]
+    ids = np.arange(60).astype(str)
+    columns = {"class": "unlabelled", "brightness": np.nan, "face_size": 50.0, "source": "aflw2k3d"}
+    traits = pd.DataFrame({"yaw": yaw}).assign(**columns)
+    images = np.zeros((60, 2, 2, 1), np.uint8)
+    visible = np.ones((60, 68), bool)
+    faces = Faces(ids, ids, images, None, truth, visible, {}, traits)
+    found = evaluate.by_slice(faces, truth + off, SETTINGS)
+    bins = found["slices"]["yaw"]
+    assert [(name, row["n"]) for name, row in bins.items()] == [
+        *(("0-30", 40), ("30-60", 15), ("60-90", 5))
+    ]
+    assert bins["60-90"]["ci95"] is None
+    boxes = [row["nme_box"] for row in bins.values()]
+    assert boxes == pytest.approx([0.02 * 2**0.5, 0.1 * 2**0.5, 0.3 * 2**0.5], rel=0.1)
+    assert found["nme_box_yaw_mean"] == pytest.approx(sum(boxes) / 3)
+    assert found["nme_box_yaw_mean"] > 2 * evaluate.measure(faces, truth + off, SETTINGS)["nme_box"]
+    frontal = evaluate.by_slice(
+        Faces(ids, ids, images, None, truth, visible, {}, traits.assign(yaw=5.0)), truth, SETTINGS
+    )
+    assert "nme_box_yaw_mean" not in frontal
+
+
 # The same model in every runtime
 
 
@@ -797,3 +827,87 @@ def test_a_job_is_measured_on_validation_only(evaluated):
 def test_an_unknown_job_names_the_known_ones(world):
     with world.inside(), pytest.raises(GrimaceError, match="it has emotion-plain, "):
         evaluate.evaluate_job("emotion-vgg", world.params)
+
+
+# Kaggle's fifteen points as means of iBUG's, in Kaggle's own column order (left is the person's).
+FIFTEEN = {
+    "left_eye_center": range(42, 48),
+    "right_eye_center": range(36, 42),
+    "left_eye_inner_corner": [42],
+    "left_eye_outer_corner": [45],
+    "right_eye_inner_corner": [39],
+    "right_eye_outer_corner": [36],
+    "left_eyebrow_inner_end": [22],
+    "left_eyebrow_outer_end": [26],
+    "right_eyebrow_inner_end": [21],
+    "right_eyebrow_outer_end": [17],
+    "nose_tip": [30],
+    "mouth_left_corner": [54],
+    "mouth_right_corner": [48],
+    "mouth_center_top_lip": [51],
+    "mouth_center_bottom_lip": [57],
+}
+MOSTLY_KNOWN = ("left_eye_center", "right_eye_center", "nose_tip", "mouth_center_bottom_lip")
+
+
+def kaggle_archive(path: Path, count: int) -> Path:
+    """Two rows in three label four points, every tenth lacks an eye."""
+    lines = [",".join([*(f"{name}_{axis}" for name in FIFTEEN for axis in "xy"), "Image"])]
+    for number, face in enumerate(synthetic.examples(count, 4)):
+        picture = Image.open(io.BytesIO(face.image)).convert("L").resize((96, 96))
+        cells = []
+        for name, members in FIFTEEN.items():
+            x, y = (face.landmarks[list(members)].mean(0) + 0.5) * 0.75 - 0.5
+            blank = number % 3 and name not in MOSTLY_KNOWN
+            blank = blank or (number % 10 == 0 and name == "right_eye_center")
+            cells += ["", ""] if blank else [f"{x:.3f}", f"{y:.3f}"]
+        lines.append(",".join([*cells, " ".join(map(str, np.asarray(picture).ravel()))]))
+    return zipped(path, {"training.csv": "\n".join(lines).encode()})
+
+
+def test_fifteen_points_from_split_to_scores(tmp_path, monkeypatch, score):
+    """The stages as the graph runs them, on Kaggle's format."""
+    from pipelines import augment, split, train
+
+    name, count = "kaggle_keypoints", 120
+    archive = kaggle_archive(tmp_path / f"{name}.zip", count)
+    params = yaml.safe_load((ROOT / "params.yaml").read_text())
+    params["tasks"]["landmarks"] |= {"dataset": name, "size": 16}
+    params["tracking"]["uri"] = f"sqlite:///{tmp_path}/mlflow.db"
+    params["augment"] |= {"workers": 1}
+    params["augment"]["landmarks"] |= {"views": 2}
+    params["evaluate"] |= {"resamples": 100, "gallery": 4}
+    params["train"]["jobs"]["landmarks-plain"] |= {"widths": [4, 8], "epochs": {"default": 2}}
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(params))
+    faces = list(examples(name, open_archive(archive)))
+    for folder in (f"data/clean/{name}", f"reports/filter/{name}"):
+        Path(folder).mkdir(parents=True)
+    write_examples(faces, Path("data/clean", name))
+    measured = pd.DataFrame({"id": [face.id for face in faces]})
+    measured.assign(brightness=range(count), yaw=np.nan, face_size=50.0).to_parquet(
+        f"reports/filter/{name}/examples.parquet"
+    )
+
+    for stage, *arguments in (
+        (split, "--dataset", name),
+        (augment, "--task", "landmarks"),
+        (train, "--job", "landmarks-plain"),
+        (evaluate, "--job", "landmarks-plain"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["stage", *arguments])
+        stage.main()
+
+    found = json.loads(Path("reports/evaluate/landmarks/plain/scores.json").read_text())
+    index = pd.read_parquet(f"data/split/{name}/index.parquet").set_index("id")
+    val = [face for face in faces if index["split"][face.id] == "val"]
+    blind = sum(not face.visible[:2].all() for face in val)
+    assert (found["scheme"], found["n"], found["without_eyes"]) == (
+        *("kaggle-15", len(val) - blind),
+        blind,
+    )
+    assert blind > 0 and 0 < found["nme_interocular"] < 1
+    # The same model by itself, on the same archive: the same faces and figures.
+    model = Path("runs/landmarks/plain/model.keras")
+    again = score("--model", model, "--dataset", name, "--archive", archive, "--split", "val")
+    for metric in ("n", "nme_interocular", "nme_box", "auc10"):
+        assert again[metric] == pytest.approx(found[metric], rel=1e-3)
