@@ -122,15 +122,15 @@ def figures_by_slice(
     for index, (column, name) in enumerate(slices):
         inside = member[:, index] > 0
         row: dict[str, Any] = {"n": int(inside.sum())}
+        intervals: dict[str, list[float]] = {}
         enough = len(np.unique(groups[inside])) >= FEWEST
-        row["ci95"] = {} if enough else None
         for metric in figures:
             total = counts[metric][:, index].sum()
             row[metric] = float(sums[metric][:, index].sum() / total) if total else None
-            if enough and total:
+            if total and enough:
                 values = np.concatenate([batch[:, index] for batch in drawn[metric]])
-                row["ci95"][metric] = np.nanpercentile(values, [2.5, 97.5]).tolist()
-        found[column][name] = row
+                intervals[metric] = np.nanpercentile(values, [2.5, 97.5]).tolist()
+        found[column][name] = row | {"ci95": intervals if enough else None}
     return found
 
 
