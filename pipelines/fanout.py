@@ -16,6 +16,7 @@ from itertools import islice
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
+from socket import create_connection
 from threading import Thread
 from typing import Any, TypeVar
 
@@ -43,7 +44,8 @@ def fan_out(
         work: a picklable pure function (a module's function, or `functools.partial` of one).
         chunks: what it is applied to, one at a time; picklable.
         workers: processes; one means this one.
-        address: of a Ray cluster, whose machines then take the place of the processes.
+        address: of a Ray cluster, whose machines then take the place of the processes: HOST:PORT
+            from one of them, ray://HOST:PORT from elsewhere.
 
     Raises:
         GrimaceError: workers were killed again and again; or the cluster cannot be used.
@@ -167,11 +169,14 @@ def _connect(address: str) -> None:
         "py_modules": [str(ROOT / package) for package in ("pipelines", "models")],
         "excludes": ["node_modules"],
     }
+    host, _, port = address.removeprefix("ray://").rpartition(":")
     try:
+        # Ray itself takes minutes to give up.
+        create_connection((host, int(port)), timeout=10).close()
         ray.init(
             address=address, runtime_env=code, log_to_driver=False, logging_level=logging.WARNING
         )
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise GrimaceError(
             f"cluster.address: no Ray cluster can be used at {address}: {reason}"

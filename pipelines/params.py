@@ -370,7 +370,7 @@ class AugmentTask(_Section):
 class Cluster(_Section):
     """Where `filter` and `augment` fan out: the `address` of a Ray cluster, or null for here."""
 
-    address: str | None
+    address: Annotated[str, Field(pattern=r"^(ray://)?[^/:]+:[0-9]+$")] | None
 
 
 class Augment(_Section):

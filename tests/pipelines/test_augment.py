@@ -8,6 +8,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -384,6 +385,88 @@ def test_a_killed_run_leaves_the_old_shards_and_the_next_the_same_bytes(
     assert start().wait() == 0
     assert files(root / "data/augment/landmarks") == expected
     assert not partial.exists()
+
+
+# On a cluster
+
+CLUSTER = """
+import fcntl, json, signal, socket, struct, sys, time
+from multiprocessing import Process
+from threading import Thread
+import psutil
+from ray.cluster_utils import Cluster
+from pipelines import augment
+from pipelines.cli import GrimaceError
+from pipelines.fanout import fan_out
+
+def raise_loopback():
+    request = struct.pack("16sh", b"lo", 1)  # IFF_UP
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
+        fcntl.ioctl(any_socket, 0x8914, request)  # SIOCSIFFLAGS
+
+def kill_one_at_work(killed):
+    while not killed:
+        for process in psutil.process_iter(["cmdline"]):  # of this namespace: of this test
+            if (process.info["cmdline"] or [""])[0].startswith("ray::_call"):
+                process.kill()
+                killed.append(process.pid)
+                break
+        time.sleep(0.05)
+
+def refuse(number):
+    raise GrimaceError(f"no {number}")
+
+def main():
+    raise_loopback()
+    node = {"num_cpus": 1, "object_store_memory": 2**27}
+    cluster = Cluster(True, head_node_args=node)
+    cluster.add_node(**node)
+    with open("params.yaml") as file:
+        text = file.read()
+    with open("params.yaml", "w") as file:
+        file.write(text.replace("address: null", f"address: {cluster.address}"))
+    killed = []
+    Thread(target=kill_one_at_work, args=[killed], daemon=True).start()
+    sys.argv = ["augment", "--task", "landmarks"]
+    augment.main()
+    try:
+        list(fan_out(refuse, [1, 2], workers=1, address=cluster.address))
+    except GrimaceError as error:
+        refused = str(error)
+    print(json.dumps({"killed": len(killed), "refused": refused}))
+
+if __name__ == "__main__":
+    main()
+"""
+
+
+@pytest.mark.skipif(not shutil.which("unshare"), reason="needs unshare")
+def test_two_ray_workers_one_killed_write_the_same_bytes(tmp_path: Path) -> None:
+    """In name spaces of their own: Ray listens on all interfaces, and all of it must end here."""
+    prepare(tmp_path, faces(0, 80), workers=1)
+    raw = yaml.safe_load((tmp_path / "params.yaml").read_text())
+    raw["augment"]["landmarks"]["views"] = 60
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(raw))
+    expected = files(written(tmp_path, "landmarks", tmp_path / "here"))
+    (tmp_path / "cluster.py").write_text(CLUSTER)
+    own = ["unshare", "--net", "--pid", "--fork", "--kill-child", "--mount-proc"]
+    if os.getuid():
+        own.append("--map-root-user")
+    if subprocess.run([*own, "true"], capture_output=True, check=False).returncode:
+        pytest.skip("may not make name spaces")
+    with TemporaryDirectory(prefix="ray-", dir="/tmp") as sockets:  # whose paths must be short
+        result = subprocess.run(
+            [*own, sys.executable, "cluster.py"],
+            cwd=tmp_path,
+            env=os.environ
+            | {"PYTHONPATH": str(ROOT), "RAY_TMPDIR": sockets, "RAY_USAGE_STATS_ENABLED": "0"},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert json.loads(result.stdout.splitlines()[-1]) == {"killed": 1, "refused": "no 1"}
+    assert files(tmp_path / "data/augment/landmarks") == expected
 
 
 # What cannot work

@@ -1,6 +1,7 @@
 import multiprocessing
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -160,6 +161,14 @@ def test_no_worker_outlives_its_parent(tmp_path: Path, parent: str, how: signal.
     if how == signal.SIGINT:
         assert process.returncode == 130
         assert said == ""
+
+
+def test_an_address_where_nobody_answers() -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+        with pytest.raises(GrimaceError, match=f"no Ray cluster can be used at {address}: .*refus"):
+            list(fan_out(square, range(3), 1, address))
 
 
 def test_without_ray_the_error_names_the_command(monkeypatch: pytest.MonkeyPatch) -> None:

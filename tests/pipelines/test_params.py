@@ -117,6 +117,7 @@ def test_unknown_key_like_no_other(load: Load) -> None:
         ("tasks.emotion.size", 50),
         ("tasks.emotion.channels", 2),
         ("augment.workers", -1),
+        ("cluster.address", "auto"),
         ("augment.landmarks.views", 0),
         ("augment.landmarks.jitter_scale", 1),
         ("download.fer2013.sha256.0", "26c5"),
