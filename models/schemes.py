@@ -34,6 +34,11 @@ class Scheme:
         """Number of points."""
         return len(self.mirror)
 
+    @property
+    def has_outline(self) -> bool:
+        """Whether the points reach round the face, so that their extent is the face's."""
+        return len(self.inner) < self.size
+
 
 def _mirror_of(size: int, pairs: list[tuple[int, int]]) -> tuple[int, ...]:
     order = list(range(size))

@@ -11,6 +11,7 @@ import cv2
 import numpy as np
 from PIL import Image, ImageOps
 
+from models.schemes import SCHEMES
 from pipelines.datasets.example import Box, Example
 
 
@@ -49,15 +50,18 @@ def decode(encoded: bytes, channels: int) -> np.ndarray:
 def face_box(example: Example, shape: tuple[int, ...], margin: float) -> Box:
     """Return the square that is cropped for an example, in pixels of its image.
 
-    Around the visible landmarks, else around the source's box, each widened by `margin` of its
-    longer side on every side; else the whole image, taken to be a face crop already (FER-2013).
+    Around the visible landmarks of a scheme with an outline, else around the source's box, each
+    widened by `margin` of its longer side on every side; else the whole image, taken to be a face
+    crop already (FER-2013). Kaggle-15 has no outline: its points end at brows and lips, and which
+    of them are labelled differs from row to row.
 
     Args:
         example: the labelled face.
         shape: of its decoded image, (H, W, …).
         margin: fraction of the longer side.
     """
-    if example.visible.sum() >= 2:
+    scheme = SCHEMES.get(len(example.landmarks))
+    if scheme and scheme.has_outline and example.visible.sum() >= 2:
         points = example.landmarks[example.visible]
         (left, top), (right, bottom) = points.min(0), points.max(0)
     elif example.box is not None:

@@ -242,14 +242,24 @@ def test_to_crop_and_from_crop_undo_each_other() -> None:
 # the box
 
 
-def example(box: Box | None = None) -> Example:
-    points = np.array([[30, 40], [70, 60], [0, 0]], np.float32)
-    return Example("a", b"", landmarks=points, visible=np.array([True, True, False]), box=box)
+def example(points: list[list[float]], size: int, box: Box | None = None) -> Example:
+    """Give a face of `size` points, of which only the first few are labelled."""
+    landmarks = np.zeros((size, 2), np.float32)
+    landmarks[: len(points)] = points
+    return Example("a", b"", landmarks=landmarks, visible=np.arange(size) < len(points), box=box)
 
 
 def test_box_around_the_visible_landmarks() -> None:
-    box = face_box(example(Box(0, 0, 5, 5)), (100, 100, 1), margin=0.25)
+    face = example([[30, 40], [70, 60]], 68, Box(0, 0, 5, 5))
+    box = face_box(face, (100, 100, 1), margin=0.25)
     assert box == pytest.approx((50 - 30, 50 - 30, 50 + 30, 50 + 30))
+
+
+def test_points_without_an_outline_make_no_box() -> None:
+    shape = (96, 96, 1)
+    assert face_box(example([[30, 40], [70, 60]], 15), shape, 0.2) == (-0.5, -0.5, 95.5, 95.5)
+    boxed = example([[30, 40], [70, 60]], 15, Box(10, 20, 30, 60))
+    assert face_box(boxed, shape, margin=0) == pytest.approx((0, 20, 40, 60))
 
 
 def test_box_of_the_source_without_landmarks() -> None:
@@ -265,13 +275,11 @@ def test_whole_image_without_either() -> None:
 
 
 def test_a_single_point_makes_no_box() -> None:
-    lone = Example("a", b"", landmarks=np.array([[7, 7]], np.float32), visible=np.array([True]))
-    assert face_box(lone, (48, 48, 1), 0) == (-0.5, -0.5, 47.5, 47.5)
+    assert face_box(example([[7, 7]], 68), (48, 48, 1), 0) == (-0.5, -0.5, 47.5, 47.5)
 
 
 def test_points_on_one_spot_still_make_a_box() -> None:
-    spot = Example("a", b"", landmarks=np.full((2, 2), 9, np.float32), visible=np.ones(2, bool))
-    box = face_box(spot, (48, 48, 1), 0)
+    box = face_box(example([[9, 9], [9, 9]], 68), (48, 48, 1), 0)
     assert box.right > box.left and crop(np.zeros((48, 48, 1), np.uint8), box, 16).shape[0] == 16
 
 
