@@ -16,9 +16,10 @@ class Box(NamedTuple):
 
 
 class Pose(NamedTuple):
-    """Head rotation in degrees as the source gives it; yaw is positive towards the image's right.
+    """Head rotation in degrees; all zero is a face that looks straight into the camera.
 
-    All zero is a face that looks straight into the camera.
+    Positive pitch looks up, positive yaw turns the nose and positive roll leans the head towards
+    the image's right.
     """
 
     pitch: float
