@@ -591,4 +591,4 @@ def test_no_copy_straddles_in_fer2013(fer: Path) -> None:
             by_pixels.setdefault(digests[number], set()).add(side)
     assert max(map(len, by_pixels.values())) == 1
     for one, other in (("train", "val"), ("train", "test"), ("val", "test")):
-        assert alike(look[rows[one]], look[rows[other]]).max() < 0.985
+        assert alike(look[rows[one]], look[rows[other]]).max() < 0.97
