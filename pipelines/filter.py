@@ -52,22 +52,26 @@ def main() -> None:
     restore = params.filter.restore.get(args.dataset, ())
     report: Path = args.out or Path("reports/filter", args.dataset)
     read, total = _source(args.dataset, args.archive)
+    workers = params.filter.workers if args.workers is None else args.workers
+    workers = workers or len(os.sched_getaffinity(0))
     _refuse_other_folder(report)
 
     with TemporaryDirectory(prefix="grimace-filter-") as scratch:
         measures, kept = measure_all(
             read,
             detectors=checks.no_face.detectors,
-            workers=params.filter.workers if args.workers is None else args.workers,
+            workers=workers,
             address=params.cluster.address,
             previous=report / "examples.parquet",
             scratch=Path(scratch),
             total=total,
         )
-        table, findings = judge(measures, kept, checks, restore)
+        table, findings = judge(measures, kept, checks, restore, workers)
 
+    _refuse_unknown(restore, table, args.dataset)
     _refuse_nothing_kept(table, findings, args.dataset)
     if not args.archive:
+        _refuse_unusable(table, args.dataset)
         write_clean(read, table, Path("data/clean", args.dataset))
     show = params.filter.pictures and not args.no_pictures
     pictures = collect_pictures(read, table, findings) if show else {}
@@ -123,7 +127,7 @@ def measure_all(
     Args:
         read: yields the examples.
         detectors: of faces.
-        workers: processes, 0 for every core.
+        workers: processes.
         address: of a Ray cluster, or None.
         previous: the table of an earlier audit; rows of unchanged examples are taken over.
         scratch: a folder for the small pictures, which are mapped, not loaded.
@@ -164,17 +168,17 @@ def measure_all(
     results = fan_out(
         partial(measure, detectors=detectors),
         chain(first, chunks),
-        workers or len(os.sched_getaffinity(0)),
+        workers,
         address,
     )
-    frames = [known]
+    frames = []
     with (
         (scratch / "small").open("wb") as small,
         (scratch / "faces").open("wb") as faces,
         tqdm(total=total, desc="measuring", unit=" examples") as progress,
     ):
         for result in results:
-            frames.append(result.rows.set_index("digest", drop=False))
+            frames.append(result.rows.set_index(result.rows["digest"].rename(None)))
             small.write(result.small.tobytes())
             faces.write(result.faces.tobytes())
             progress.update(len(result.small))
@@ -190,7 +194,7 @@ def measure_all(
         landmarks,
         visible,
     )
-    rows = pd.concat([frame for frame in frames if len(frame)])
+    rows = pd.concat([known[known.index.isin(order)], *frames])
     return rows.loc[order].reset_index(drop=True), kept
 
 
@@ -202,7 +206,8 @@ def _earlier_rows(path: Path) -> "pd.DataFrame":
 
     if not path.exists():
         return pd.DataFrame()
-    return pd.read_parquet(path).drop(columns=DERIVED).set_index("digest", drop=False)
+    rows = pd.read_parquet(path).drop(columns=DERIVED)
+    return rows.set_index(rows["digest"].rename(None))
 
 
 def _chunked(stream: Iterator[Any]) -> Iterator[list[Any]]:
@@ -268,27 +273,27 @@ def collect_pictures(
 
 
 def choose_pictures(table: "pd.DataFrame", findings: "Sequence[Finding]") -> dict[str, list[str]]:
-    """Choose what to show of each check: evenly from the worst score to the mildest.
+    """Choose what to show of each check: evenly from its lowest score to its highest.
 
-    Of copies, whole clusters are shown, side by side.
+    Copies stand beside each other, at most four of a kind.
     """
     import numpy as np
 
-    members = table[table["cluster"] != ""].groupby("cluster")["id"].apply(list).to_dict()
-    cluster = dict(zip(table["id"], table["cluster"], strict=True))
     by_check: dict[str, list[Finding]] = {}
     for finding in findings:
         by_check.setdefault(finding.check, []).append(finding)
+    alike = {"exact_duplicate": "pixels", "near_duplicate": "cluster", "label_conflict": "cluster"}
     chosen: dict[str, list[str]] = {}
     for check, found in by_check.items():
-        if check in ("exact_duplicate", "near_duplicate", "label_conflict"):
-            names = dict.fromkeys(cluster[finding.id] for finding in found)
-            ids = [id for name in names for id in members[name]][:SHEET]
-        else:
-            ranked = sorted(found, key=lambda finding: finding.score)
-            places = np.linspace(0, len(ranked) - 1, min(SHEET, len(ranked))).round().astype(int)
-            ids = [ranked[place].id for place in places]
-        chosen[check] = ids
+        ids = [finding.id for finding in sorted(found, key=lambda finding: finding.score)]
+        if check in alike:
+            kind = table.set_index("id")[alike[check]]
+            members = kind.groupby(kind).groups
+            groups = [list(members[name])[:4] for name in kind[ids].unique()]
+            even = np.linspace(0, len(groups) - 1, min(SHEET // 2, len(groups))).round().astype(int)
+            ids = [id for place in even for id in groups[place]][:SHEET]
+        even = np.linspace(0, len(ids) - 1, min(SHEET, len(ids))).round().astype(int)
+        chosen[check] = [ids[place] for place in even]
     return chosen
 
 
@@ -376,12 +381,34 @@ def _refuse_nothing_kept(
     )
 
 
+def _refuse_unknown(restore: Sequence[str], table: "pd.DataFrame", dataset: str) -> None:
+    if unknown := sorted(set(restore) - set(table["id"])):
+        raise GrimaceError(
+            f"params.yaml: filter.restore.{dataset} names ids that are not in it: "
+            f"{', '.join(unknown[:5])}"
+        )
+
+
+def _refuse_unusable(table: "pd.DataFrame", dataset: str) -> None:
+    """Refuse to pass on what no later stage can read."""
+    unusable = table[table["kept"] & ((table["defect"] != "") | (table["unreadable"] != ""))]
+    if len(unusable):
+        first = unusable.iloc[0]
+        raise GrimaceError(
+            f"{dataset}: {first['id']} cannot be kept, no later stage can use it "
+            f"({first['defect'] or first['unreadable']}). In params.yaml, let filter.checks.defect "
+            "and unreadable drop, and take such ids out of filter.restore"
+        )
+
+
 def _print(counts: dict[str, Any], checks: "Checks", report: Path) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    title = "{raw:,} examples: {kept:,} kept, {dropped:,} dropped, {weighted:,} weighed down"
-    shown = Table(title=title.format(**counts))
+    title = "{raw:,} examples: {kept:,} kept, {dropped:,} dropped, {weighted:,} weighed down; "
+    title += "the cascade of the projects before this one would have kept {seed_kept:,}"
+    print(title.format(**counts))
+    shown = Table()
     for column in ("check", "action", "found", "dropped"):
         shown.add_column(column, justify="left" if column in ("check", "action") else "right")
     for name in type(checks).model_fields:

@@ -6,6 +6,7 @@ few bits, and their small grey versions correlate at some small shift.
 
 import hashlib
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import cv2
@@ -65,6 +66,7 @@ def near_copies(
     rows: np.ndarray,
     distance: int,
     least: float,
+    workers: int = 1,
 ) -> NearCopies:
     """Find near copies: pairs with similar hashes whose small versions correlate.
 
@@ -74,8 +76,9 @@ def near_copies(
         rows: int (n,), where in `small` each of the n pictures stands.
         distance: of the hashes, in bits, at most.
         least: correlation.
+        workers: threads.
     """
-    pairs, flips = similar_hashes(hashes, mirrored, distance)
+    pairs, flips = similar_hashes(hashes, mirrored, distance, workers)
     alike = _alike_from_afar(small[rows], pairs, flips, least - MARGIN)
     pairs, flips = pairs[alike], flips[alike]
     values = np.zeros(len(pairs))
@@ -87,7 +90,7 @@ def near_copies(
 
 
 def similar_hashes(
-    hashes: np.ndarray, mirrored: np.ndarray, distance: int
+    hashes: np.ndarray, mirrored: np.ndarray, distance: int, workers: int = 1
 ) -> tuple[np.ndarray, np.ndarray]:
     """Find all pairs that differ in at most `distance` bits, comparing each with each.
 
@@ -96,25 +99,29 @@ def similar_hashes(
     Args:
         hashes, mirrored: uint64 (n,) each, of the pictures and of their mirror images.
         distance: in bits.
+        workers: threads; the result does not depend on it.
 
     Returns:
         int (k, 2), positions with the first below the second, sorted; and bool (k,), whether it
         is the second's mirror image that is like the first. A pair may come both ways.
     """
     n = len(hashes)
-    pairs, flips = [np.zeros((0, 2), np.int64)], [np.zeros(0, bool)]
-    bits, counts = np.empty((_ROWS, n), np.uint64), np.empty((_ROWS, n), np.uint8)
-    for start in range(0, n, _ROWS):
+
+    def from_row(start: int) -> tuple[np.ndarray, np.ndarray]:
         rows = hashes[start : start + _ROWS, None]
-        block = np.s_[: len(rows), start:]
+        found, flips = [], []
         for flip, others in ((False, hashes), (True, mirrored)):
-            np.bitwise_xor(rows, others[start:], out=bits[block])
-            np.bitwise_count(bits[block], out=counts[block])
-            found = np.argwhere(counts[block] <= distance) + start
-            found = found[found[:, 0] < found[:, 1]]
-            pairs.append(found)
-            flips.append(np.full(len(found), flip))
-    both, flipped = np.concatenate(pairs), np.concatenate(flips)
+            near = np.bitwise_count(rows ^ others[start:]) <= distance
+            pairs = np.argwhere(near) + start
+            pairs = pairs[pairs[:, 0] < pairs[:, 1]]
+            found.append(pairs)
+            flips.append(np.full(len(pairs), flip))
+        return np.concatenate(found), np.concatenate(flips)
+
+    with ThreadPoolExecutor(workers) as pool:  # NumPy lets go of the interpreter's lock
+        blocks = list(pool.map(from_row, range(0, n, _ROWS)))
+    both = np.concatenate([pairs for pairs, _ in blocks] or [np.zeros((0, 2), np.int64)])
+    flipped = np.concatenate([flips for _, flips in blocks] or [np.zeros(0, bool)])
     order = np.lexsort((flipped, both[:, 1], both[:, 0]))
     return both[order], flipped[order]
 

@@ -62,7 +62,11 @@ class Kept:
 
 
 def judge(
-    measures: pd.DataFrame, kept: Kept, checks: Checks, restore: Sequence[str] = ()
+    measures: pd.DataFrame,
+    kept: Kept,
+    checks: Checks,
+    restore: Sequence[str] = (),
+    workers: int = 1,
 ) -> tuple[pd.DataFrame, list[Finding]]:
     """Judge all examples of a dataset.
 
@@ -71,6 +75,7 @@ def judge(
         kept: of the same examples.
         checks: what to look for, and what to do about it.
         restore: ids that are not dropped.
+        workers: threads; the result does not depend on it.
 
     Returns:
         The measures with more columns: `landmarks_implausible`, `label_quality`, `cluster`,
@@ -80,7 +85,7 @@ def judge(
     table = measures.reset_index(drop=True)
     findings = [*_unusable(table, checks), *_blank(table, checks)]
     sound = table[table["std"].notna() & ~table["id"].isin(_dropped(findings))]
-    copies, table["cluster"] = _copies(table, sound, kept.small, checks)
+    copies, table["cluster"] = _copies(table, sound, kept.small, checks, workers)
     findings += copies
     findings += _no_face(table, checks)
     table["landmarks_implausible"] = _implausible(table, kept, checks)
@@ -140,7 +145,7 @@ def _blank(table: pd.DataFrame, checks: Checks) -> list[Finding]:
 
 
 def _copies(
-    table: pd.DataFrame, sound: pd.DataFrame, small: np.ndarray, checks: Checks
+    table: pd.DataFrame, sound: pd.DataFrame, small: np.ndarray, checks: Checks, workers: int
 ) -> tuple[list[Finding], list[str]]:
     """Find copies and near copies among the sound pictures; name their clusters, row by row."""
     rank = sound["official_split"].map(PRIORITY)
@@ -167,6 +172,7 @@ def _copies(
             rows,
             rule.distance,
             rule.correlation,
+            workers,
         )
         pairs.append(rows[near.pairs])
         surplus = duplicates.surplus(near)
