@@ -354,7 +354,8 @@ def _sheets(
         found = findings.loc[findings["check"] == check, "id"].nunique()
         shown = pictures[check]
         title = _words(check).capitalize()
-        blocks.append(pages.heading(f"{title}: {found:,} found, {len(shown)} pictures"))
+        plural = "s" * (len(shown) != 1)
+        blocks.append(pages.heading(f"{title}: {found:,} found, {len(shown)} picture{plural}"))
         blocks.append(pages.pictures(shown, _words(check)))
     return blocks
 
