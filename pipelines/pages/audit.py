@@ -310,7 +310,7 @@ def _suspects(table: pd.DataFrame, findings: pd.DataFrame, checks: Checks) -> li
     total = table.groupby("class")["id"].size()
     counts = pd.DataFrame({"suspected": per_class, "of class": per_class / total}).dropna()
     worst = known.groupby("class").head(SUSPECTS_PER_CLASS).sort_values(["class", "score", "id"])
-    columns = ["class", "id", "score", "action", "evidence"]
+    columns = ["class", "id", "score", "action"]
     return [
         f"{len(known):,} labels contradict predictions by models that were trained without them. "
         "The score is the probability that they give to the label.",

@@ -54,6 +54,8 @@ def test_page_asks_for_nothing_and_fits_a_phone(browse, written):
     assert [address for address in asked if not address.startswith(("file:", "data:"))] == []
     assert len([address for address in asked if address.startswith("file:")]) == 1
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    heights = "[...document.querySelectorAll('td')].map(cell => cell.offsetHeight)"
+    assert max(page.evaluate(heights)) < 200, "a column is squeezed"
     images = page.evaluate(
         "[...document.images].map(image => [image.alt.length, image.naturalWidth, "
         "image.getBoundingClientRect().right])"
