@@ -194,7 +194,8 @@ def measure_all(
         landmarks,
         visible,
     )
-    rows = pd.concat([known[known.index.isin(order)], *frames])
+    taken_over = known[known.index.isin(order)]
+    rows = pd.concat([taken_over, *frames] if len(taken_over) else frames)
     return rows.loc[order].reset_index(drop=True), kept
 
 

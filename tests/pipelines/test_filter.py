@@ -1,25 +1,34 @@
 import io
 import json
+import re
 import shutil
+import subprocess
 import sys
-from collections.abc import Callable
+import zipfile
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import pandas as pd
 import pytest
+import yaml
 from PIL import Image
 
+from models.schemes import EMOTIONS
+from pipelines import filter as stage
+from pipelines.checks import Finding
+from pipelines.checks.judge import DERIVED, Kept
 from pipelines.cli import GrimaceError
-from pipelines.datasets import builder
+from pipelines.datasets import builder, synthetic
 from pipelines.datasets.example import Example
 from pipelines.datasets.table import read_examples
-from pipelines.filter import Finding, audit, main
-from pipelines.params import Filter
+from pipelines.filter import choose_pictures, main, measure_all
 
 ROOT = Path(__file__).parents[2]
-PARAMS = Filter(blank_std=2.0, exact_duplicates=True)
 
 
 def picture(seed: int, format: str = "PNG", size: int = 24) -> bytes:
@@ -34,139 +43,251 @@ def encode(pixels: np.ndarray, format: str = "PNG") -> bytes:
     return file.getvalue()
 
 
-def judged(*examples: Example, params: Filter = PARAMS) -> dict[str, Finding]:
-    return {finding.id: finding for finding in audit(examples, params)}
+@cache
+def faces(count: int) -> list[Example]:
+    return list(synthetic.examples(count, seed=3))
 
 
-def test_good_pictures_are_kept() -> None:
-    assert judged(Example("a", picture(1)), Example("b", picture(2))) == {}
+@pytest.fixture
+def measured(tmp_path: Path) -> Callable[..., tuple[pd.DataFrame, Kept]]:
+    """Measure examples in this process; all is as for the stage, but no more."""
+
+    def measured(
+        examples: Sequence[Example], previous: Path | None = None, **settings: Any
+    ) -> tuple[pd.DataFrame, Kept]:
+        return measure_all(
+            lambda: iter(examples),
+            previous=previous or tmp_path / "none.parquet",
+            scratch=tmp_path,
+            **{"detectors": ("haar",), "workers": 1, "address": None} | settings,
+        )
+
+    return measured
 
 
-def test_defect() -> None:
-    found = judged(Example("a", picture(1), defect="label 9 is outside 0-6"))["a"]
-    assert (found.check, found.action) == ("defect", "drop")
-    assert found.evidence == "label 9 is outside 0-6"
-    assert np.isnan([found.score, found.threshold]).all()
+# measures
 
 
-@pytest.mark.parametrize(
-    ("encoded", "reason"),
-    [(b"", "zero bytes"), (b"<html>", "cannot identify"), (picture(1)[:300], "truncated")],
-)
-def test_unreadable(encoded: bytes, reason: str) -> None:
-    found = judged(Example("a", encoded))["a"]
-    assert found.check == "unreadable"
-    assert reason in found.evidence
+def test_one_row_an_example_in_their_order(measured) -> None:
+    examples = [faces(3)[2], Example("bad", b""), replace(faces(3)[0], defect="row"), faces(3)[1]]
+    table, kept = measured(examples)
+    assert table["id"].tolist() == [example.id for example in examples]
+    assert table["unreadable"].tolist() == ["", "zero bytes", "", ""]
+    assert table["defect"].tolist() == ["", "", "row", ""]
+    assert table["std"].isna().tolist() == [False, True, True, False]
+    assert table["class"].tolist()[::3] == [EMOTIONS[example.emotion] for example in examples[::3]]
+    assert table["landmarks_visible"][0] == "".join("01"[int(v)] for v in examples[0].visible)
+    assert (table["width"][0], table["height"][0]) == (128, 128)
+    assert [points.shape for points in kept.landmarks] == [(68, 2), (0, 2), (68, 2), (68, 2)]
+    assert kept.small.any(axis=(1, 2)).tolist() == [True, False, False, True]
+    assert kept.faces.any(axis=(1, 2)).tolist() == [True, False, False, True]
 
 
-@pytest.mark.parametrize(("spread", "dropped"), [(0, True), (3, True), (5, False)])
-def test_blank(spread: int, dropped: bool) -> None:
-    pixels = np.full((24, 24), 128, np.uint8)
-    pixels[:, ::2] += spread  # standard deviation: half of it
-    found = judged(Example("a", encode(pixels)))
-    assert bool(found) == dropped
-    if dropped:
-        assert found["a"].check == "blank"
-        assert found["a"].score == pytest.approx(spread / 2)
-        assert found["a"].threshold == 2.0
-        assert f"{spread / 2:.2f} of 255" in found["a"].evidence
-
-
-def test_one_flat_colour_channel_does_not_make_a_picture_blank() -> None:
-    pixels = np.zeros((24, 24, 3), np.uint8)
-    pixels[:, ::2, 2] = 200
-    assert judged(Example("a", encode(pixels))) == {}
+def test_the_face_crop_follows_the_landmarks(measured) -> None:
+    face = faces(1)[0]
+    everywhere = np.full((300, 300, 3), 90, np.uint8)
+    everywhere[150:278, 20:148] = cv2.imdecode(np.frombuffer(face.image, np.uint8), 1)
+    moved = replace(
+        face,
+        id="moved",
+        image=cv2.imencode(".png", everywhere)[1].tobytes(),
+        landmarks=face.landmarks + np.float32([20, 150]),
+    )
+    _, kept = measured([face, moved])
+    difference = kept.faces[0].astype(int) - kept.faces[1]
+    assert np.abs(difference).mean() < 4
 
 
 @pytest.mark.parametrize("format", ["PNG", "BMP", "WEBP", "TIFF"])
-def test_duplicates_are_found_whatever_their_encoding(format: str) -> None:
-    found = judged(Example("b", picture(1)), Example("a", picture(1, format)))
-    assert list(found) == ["b"]  # without an official split the smallest id stays
-    assert found["b"].check == "duplicate"
-    assert found["b"].evidence == "same pixels as a, which is kept"
+def test_equal_pixels_have_one_digest_whatever_their_encoding(format: str, measured) -> None:
+    table, _ = measured([Example("a", picture(1)), Example("b", picture(1, format))])
+    assert table["pixels"].nunique() == 1
 
 
-def test_grey_stored_as_colour_is_the_same_picture() -> None:
+def test_grey_stored_as_colour_is_the_same_picture(measured) -> None:
     grey = np.random.default_rng(1).integers(0, 256, (24, 24), np.uint8)
-    found = judged(Example("a", encode(grey)), Example("b", encode(np.stack([grey] * 3, -1))))
-    assert list(found) == ["b"]
+    colour = np.stack([grey] * 3, -1)
+    table, _ = measured([Example("a", encode(grey)), Example("b", encode(colour))])
+    measures = table.drop(columns=["id", "digest"])
+    pd.testing.assert_series_equal(measures.iloc[0], measures.iloc[1], check_names=False)
 
 
-def test_same_bytes_in_another_shape_are_no_duplicate() -> None:
+def test_same_bytes_in_another_shape_are_another_picture(measured) -> None:
     pixels = np.random.default_rng(1).integers(0, 256, (12, 48), np.uint8)
     other = encode(pixels.reshape(48, 12))
-    assert judged(Example("a", encode(pixels)), Example("b", other)) == {}
+    table, _ = measured([Example("a", encode(pixels)), Example("b", other)])
+    assert table["pixels"].nunique() == 2
+
+
+def test_what_the_seeds_would_have_kept_does_not_depend_on_the_detectors(measured) -> None:
+    examples = faces(12)
+    tables = [measured(examples, detectors=names)[0] for names in (("haar",), ("blazeface",))]
+    pd.testing.assert_series_equal(tables[0]["seed_kept"], tables[1]["seed_kept"])
+    assert (tables[0]["seed_kept"] == (tables[0]["haar"] > 0)).all()
+
+
+def test_processes_make_no_difference(measured, monkeypatch: pytest.MonkeyPatch) -> None:
+    examples = [*faces(11), Example("bad", b"")]
+    alone, kept = measured(examples)
+    kept_small, kept_faces = np.array(kept.small), np.array(kept.faces)
+    monkeypatch.setattr(stage, "CHUNK", 5)
+    together, kept_too = measured(examples, workers=2)
+    pd.testing.assert_frame_equal(alone, together)
+    assert np.array_equal(kept_small, kept_too.small)
+    assert np.array_equal(kept_faces, kept_too.faces)
+
+
+def test_a_worker_loads_no_tensorflow_and_no_tfds() -> None:
+    code = (
+        "import sys, pipelines.filter\n"
+        "from pipelines.checks.measures import measure\n"
+        "light = 'pandas' not in sys.modules\n"
+        "from pipelines.datasets.example import Example\n"
+        "measure([(Example('a', b''), '', False)], ('haar',))\n"
+        "print(light, {'tensorflow', 'tensorflow_datasets', 'sklearn', 'keras'} & {*sys.modules})"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "True set()\n"
+
+
+def test_ids_that_come_twice_are_refused(measured) -> None:
+    with pytest.raises(GrimaceError, match="ids are not unique"):
+        measured([Example("a", picture(1)), Example("a", picture(2))])
+
+
+def test_no_examples(measured) -> None:
+    with pytest.raises(GrimaceError, match="no example to filter"):
+        measured([])
+
+
+# what did not change is not measured again
+
+
+@pytest.fixture
+def marked(measured, tmp_path: Path) -> Path:
+    """The table of an earlier audit, in which no measure of brightness is a true one."""
+    table, _ = measured(faces(4))
+    path = tmp_path / "examples.parquet"
+    table.assign(**dict.fromkeys(DERIVED, 0), brightness=-1.0).to_parquet(path, index=False)
+    return path
+
+
+def taken_over(table: pd.DataFrame) -> list[bool]:
+    return (table["brightness"] == -1).tolist()
+
+
+def test_only_new_examples_are_measured(measured, marked: Path) -> None:
+    table, kept = measured([faces(6)[5], *faces(4), faces(6)[4]], marked)
+    assert taken_over(table) == [False, True, True, True, True, False]
+    assert kept.small.any(axis=(1, 2)).all()
+
+
+def test_what_left_the_source_leaves_the_table(measured, marked: Path) -> None:
+    table, _ = measured(faces(4)[1:3], marked)
+    assert table["id"].tolist() == [face.id for face in faces(4)[1:3]]
+    assert taken_over(table) == [True, True]
 
 
 @pytest.mark.parametrize(
-    ("splits", "kept"),
+    "change",
     [
-        (("train", "val", "test"), "c"),
-        (("test", "val", "train"), "a"),
-        (("train", "val", ""), "b"),
-        (("", "train", ""), "b"),
-        (("train", "train", "train"), "a"),
-        (("train", "test", "test"), "b"),
+        {"image": picture(7)},
+        {"emotion": 6},
+        {"label": "contempt"},
+        {"landmarks": np.zeros((68, 2), np.float32)},
+        {"visible": np.zeros(68, bool)},
+        {"person": "someone"},
+        {"official_split": "test"},
+        {"defect": "bad row"},
     ],
 )
-@pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 0, 2)])
-def test_the_test_copy_stays(
-    splits: tuple[str, str, str], kept: str, order: tuple[int, ...]
-) -> None:
-    examples = [
-        Example(id, picture(1), official_split=split)
-        for id, split in zip("abc", splits, strict=True)
-    ]
-    found = judged(*(examples[i] for i in order))
-    assert set(found) == set("abc") - {kept}
-    assert all(kept in finding.evidence for finding in found.values())
+def test_a_changed_example_is_measured_anew(change: dict[str, Any], measured, marked: Path) -> None:
+    first, *others = faces(4)
+    assert getattr(first, next(iter(change))) is not next(iter(change.values()))
+    table, _ = measured([replace(first, **change), *others], marked)
+    assert taken_over(table) == [False, True, True, True]
 
 
-def test_a_dropped_copy_does_not_take_the_good_one_along() -> None:
-    bad = Example("a", picture(1), official_split="test", defect="no label")
-    found = judged(bad, Example("b", picture(1), official_split="train"))
-    assert {id: finding.check for id, finding in found.items()} == {"a": "defect"}
+def test_other_detectors_measure_anew(measured, marked: Path) -> None:
+    table, _ = measured(faces(4), marked, detectors=("blazeface",))
+    assert taken_over(table) == [False] * 4
+    assert "haar" not in table
 
 
-def test_duplicates_may_stay() -> None:
-    params = Filter(blank_std=2.0, exact_duplicates=False)
-    assert judged(Example("a", picture(1)), Example("b", picture(1)), params=params) == {}
+# pictures to show
 
 
-def test_first_check_gives_the_reason_and_order_is_kept() -> None:
-    examples = [
-        Example("z", encode(np.zeros((9, 9), np.uint8)), defect="bad row"),
-        Example("y", b"", defect=""),
-        Example("m", encode(np.zeros((9, 9), np.uint8))),
-        Example("n", encode(np.zeros((9, 9), np.uint8))),
-    ]
-    found = audit(examples, PARAMS)
-    assert [(finding.id, finding.check) for finding in found] == [
-        ("z", "defect"),
-        ("y", "unreadable"),
-        ("m", "blank"),
-        ("n", "blank"),
-    ]
+def finding(id: str, check: str, score: float) -> Finding:
+    return Finding(id, check, score, 0.0, "flag", "")
+
+
+def test_pictures_are_chosen_from_the_lowest_score_to_the_highest() -> None:
+    ids = [f"{number:03d}" for number in range(200)]
+    table = pd.DataFrame({"id": ids, "pixels": ids, "cluster": ""})
+    found = [finding(id, "dark", float(id)) for id in reversed(ids)]
+    chosen = choose_pictures(table, found)["dark"]
+    assert len(chosen) == 48
+    assert chosen == sorted(chosen) and (chosen[0], chosen[-1]) == ("000", "199")
+
+
+def test_copies_are_shown_beside_each_other() -> None:
+    table = pd.DataFrame(
+        {"id": list("abcdef"), "pixels": list("pqpqrr"), "cluster": [*"aaaa", "", ""]}
+    )
+    found = [finding("c", "exact_duplicate", 1.0), finding("b", "near_duplicate", 0.9)]
+    chosen = choose_pictures(table, found)
+    assert chosen == {"exact_duplicate": ["a", "c"], "near_duplicate": ["a", "b", "c", "d"]}
 
 
 # the stage
 
 
-@pytest.fixture
-def stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[list[Example]], None]:
-    """Run the stage on a raw dataset of these examples, in an empty working folder."""
+Stage = Callable[..., None]
 
-    def stage(examples: list[Example]) -> None:
-        shutil.copy(ROOT / "params.yaml", tmp_path)
-        monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr(sys, "argv", ["filter", "--dataset", "fer2013"])
-        builder.write(Path("data/raw/fer2013"), examples, "a card")
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working folder with the project's params, all detectors and labels aside."""
+    params = yaml.safe_load((ROOT / "params.yaml").read_text())
+    params["filter"]["checks"]["no_face"] |= {"detectors": ["haar"], "votes": 1}
+    params["filter"]["overrides"] = {}
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(params))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def with_params(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    params = yaml.safe_load((folder / "params.yaml").read_text())
+    change(params["filter"])
+    (folder / "params.yaml").write_text(yaml.safe_dump(params))
+
+
+@pytest.fixture
+def command(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    def command(*arguments: object) -> None:
+        monkeypatch.setattr(sys, "argv", ["filter", *map(str, arguments)])
         main()
 
-    return stage
+    return command
 
 
-def test_the_stage(stage: Callable[[list[Example]], None]) -> None:
+@pytest.fixture
+def run_stage(command: Callable[..., None]) -> Stage:
+    """Run the stage on a raw dataset of these examples."""
+
+    def run_stage(examples: list[Example], *arguments: str) -> None:
+        builder.write(Path("data/raw/fer2013"), examples, "a card")
+        command("--dataset", "fer2013", *arguments)
+
+    return run_stage
+
+
+REPORT = Path("reports/filter/fer2013")
+
+
+def test_the_stage(run_stage: Stage) -> None:
     points = np.array([[1, 2], [3, 4]], np.float32)
     good = Example(
         "good",
@@ -186,60 +307,198 @@ def test_the_stage(stage: Callable[[list[Example]], None]) -> None:
         Example("blank", encode(np.full((1, 1), 7, np.uint8)), emotion=0),
         Example("$bad$", picture(5), defect="label 9"),
     ]
-    stage(raw)
+    run_stage(raw)
 
     kept = {example.id: example for example in read_examples(Path("data/clean/fer2013"))}
-    reports = Path("reports/filter")
-    findings = pd.read_parquet(reports / "fer2013/findings.parquet")
+    findings = pd.read_parquet(REPORT / "findings.parquet")
+    dropped = findings[findings["action"] == "drop"]
     assert set(kept) == {"good", "other", "unlabelled"}
-    assert {*kept, *findings["id"]} == {example.id for example in raw}
-    assert len(kept) + len(findings) == len(raw)
     assert {"id", "check", "score", "threshold", "action"} <= set(findings.columns)
-    assert dict(zip(findings["id"], findings["check"], strict=True)) == {
-        "copy": "duplicate",
+    assert dict(zip(dropped["id"], dropped["check"], strict=True)) == {
+        "copy": "exact_duplicate",
         "broken": "unreadable",
         "blank": "blank",
         "$bad$": "defect",
     }
-    assert set(findings["action"]) == {"drop"}
-    pd.testing.assert_frame_equal(
-        pd.read_csv(reports / "fer2013/findings.csv"), findings, check_dtype=False
-    )
+    pd.testing.assert_frame_equal(pd.read_csv(REPORT / "findings.csv"), findings, check_dtype=False)
 
     back = kept["good"]
     assert (back.image, back.emotion, back.person) == (good.image, 3, "p")
     assert back.official_split == "test" and np.array_equal(back.landmarks, points)
+    assert (back.cluster, back.weight) == ("copy", 1.0)
+    assert kept["other"].cluster == ""
 
-    summary: dict[str, Any] = json.loads((reports / "fer2013.json").read_text())
-    assert (summary["raw"], summary["kept"], summary["dropped"]) == (7, 3, 4)
-    checks = {"blank": 1, "defect": 1, "duplicate": 1, "unreadable": 1}
-    assert summary["dropped_by_check"] == checks
-    classes = pd.read_csv(reports / "fer2013/classes.csv")
-    assert dict(classes.itertuples(index=False)) == {"happy": 2, "unlabelled": 1}
-    sheets = {path.name for path in (reports / "fer2013").glob("*.png")}
-    assert sheets == {"blank.png", "duplicate.png"}
+    table = pd.read_parquet(REPORT / "examples.parquet").set_index("id")
+    assert set(table.index) == {example.id for example in raw}
+    assert set(table.index[table["kept"]]) == set(kept)
+    assert dict(table.loc[~table["kept"], "reason"]) == dict(
+        zip(dropped["id"], dropped["check"], strict=True)
+    )
+    counts = json.loads(REPORT.with_suffix(".json").read_text())
+    assert (counts["raw"], counts["kept"], counts["dropped"]) == (7, 3, 4)
+    assert counts["dropped_by_check"] == {
+        "blank": 1,
+        "defect": 1,
+        "exact_duplicate": 1,
+        "unreadable": 1,
+    }
+    assert counts["found_by_check"] == findings["check"].value_counts().to_dict()
+    classes = pd.read_csv(REPORT / "classes.csv").set_index("class")
+    assert classes.loc["happy"].tolist() == [3, 2]
+    page = (REPORT / "report.html").read_text()
+    assert "Audit of fer2013" in page and "data:image" in page
 
 
-def test_nothing_to_drop(stage: Callable[[list[Example]], None]) -> None:
-    stage([Example("a", picture(1)), Example("b", picture(2))])
-    findings = pd.read_parquet("reports/filter/fer2013/findings.parquet")
+def test_weights_reach_the_clean_data(folder: Path, run_stage: Stage) -> None:
+    def weigh(params: dict[str, Any]) -> None:
+        params["checks"]["dark"] = {"action": "weight", "weight": 0.25, "threshold": 0.5}
+
+    with_params(folder, weigh)
+    dark = np.random.default_rng(9).integers(0, 40, (24, 24), np.uint8)
+    run_stage([Example("a", picture(1)), Example("b", encode(dark))])
+    kept = {e.id: e.weight for e in read_examples(Path("data/clean/fer2013"))}
+    assert kept == {"a": 1.0, "b": 0.25}
+    assert json.loads(REPORT.with_suffix(".json").read_text())["weighted"] == 1
+
+
+def test_a_second_run_gives_the_same_with_and_without_the_first(run_stage: Stage) -> None:
+    examples = [Example(f"e{n}", picture(n), emotion=n % 2) for n in range(6)]
+    run_stage(examples[:4])
+    run_stage(examples)
+    second = outputs()
+    shutil.rmtree("reports")
+    run_stage(examples)
+    assert outputs() == second
+
+
+def outputs() -> dict[str, bytes]:
+    paths = [*Path("data/clean").rglob("*.parquet"), *Path("reports").rglob("*")]
+    return {str(path): path.read_bytes() for path in sorted(paths) if path.is_file()}
+
+
+def test_a_report_without_any_picture(folder: Path, run_stage: Stage) -> None:
+    examples = [Example("a", picture(1)), Example("b", picture(1))]
+    run_stage(examples, "--no-pictures")
+    embedded = re.compile("data:image/(png|jpe?g|webp)")
+    assert not embedded.search((REPORT / "report.html").read_text())
+    with_params(folder, lambda params: params.update(pictures=False))
+    run_stage(examples)
+    assert not embedded.search((REPORT / "report.html").read_text())
+    with_params(folder, lambda params: params.update(pictures=True))
+    run_stage(examples)
+    assert embedded.search((REPORT / "report.html").read_text())
+
+
+def test_nothing_to_drop(folder: Path, run_stage: Stage) -> None:
+    with_params(folder, lambda params: params["checks"]["no_face"].update(action="off"))
+    run_stage([Example("a", picture(1)), Example("b", picture(2))])
+    findings = pd.read_parquet(REPORT / "findings.parquet")
     assert len(findings) == 0
+    assert findings["score"].dtype == float
     assert {"id", "check", "score", "threshold", "action"} <= set(findings.columns)
     assert len(list(read_examples(Path("data/clean/fer2013")))) == 2
 
 
-def test_dropping_everything_is_an_error_and_keeps_the_old(
-    stage: Callable[[list[Example]], None], tmp_path: Path
-) -> None:
-    stage([Example("a", picture(1))])
+def test_restored_ids_are_kept(folder: Path, run_stage: Stage) -> None:
+    with_params(folder, lambda params: params.update(restore={"fer2013": ["b"]}))
+    run_stage([Example("a", picture(1)), Example("b", picture(1)), Example("c", picture(1))])
+    assert [e.id for e in read_examples(Path("data/clean/fer2013"))] == ["a", "b"]
+    findings = pd.read_parquet(REPORT / "findings.parquet").query("check == 'exact_duplicate'")
+    assert dict(zip(findings["id"], findings["action"], strict=True)) == {
+        "b": "restored",
+        "c": "drop",
+    }
+
+
+@pytest.mark.parametrize(
+    ("restored", "words"),
+    [
+        ("nobody", r"filter\.restore\.fer2013 names ids that are not in it: nobody"),
+        ("broken", r"broken cannot be kept, no later stage can use it \(zero bytes\)"),
+        ("defective", r"defective cannot be kept, .* \(label 9\)"),
+    ],
+)
+def test_what_cannot_be_restored(restored: str, words: str, folder: Path, run_stage: Stage) -> None:
+    with_params(folder, lambda params: params.update(restore={"fer2013": [restored]}))
+    examples = [Example("a", picture(1)), Example("broken", b"")]
+    with pytest.raises(GrimaceError, match=words):
+        run_stage([*examples, Example("defective", picture(2), defect="label 9")])
+    assert not Path("data/clean").exists() and not REPORT.exists()
+
+
+def test_dropping_everything_is_an_error_and_keeps_the_old(run_stage: Stage) -> None:
+    run_stage([Example("a", picture(1))])
+    before = outputs()
     with pytest.raises(GrimaceError, match=r"every example of fer2013.*b.*unreadable: zero bytes"):
-        stage([Example("b", b"")])
-    assert [example.id for example in read_examples(tmp_path / "data/clean/fer2013")] == ["a"]
+        run_stage([Example("b", b"")])
+    assert outputs() == before
 
 
-def test_without_raw_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    shutil.copy(ROOT / "params.yaml", tmp_path)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["filter", "--dataset", "fer2013"])
+def test_without_raw_data(command: Callable[..., None]) -> None:
     with pytest.raises(GrimaceError, match="data/raw/fer2013 holds no dataset"):
-        main()
+        command("--dataset", "fer2013")
+
+
+# without the graph
+
+
+@pytest.fixture
+def archive(tmp_path: Path) -> Path:
+    path = tmp_path / "faces.zip"
+    with zipfile.ZipFile(path, "w") as file:
+        for number in range(4):
+            file.writestr(f"train/happy/Training_{number}.jpg", picture(number % 3))
+        file.writestr("test/sad/PublicTest_9.jpg", picture(9))
+    return path
+
+
+def test_an_archive_is_audited_without_the_graph(
+    command: Callable[..., None], archive: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command("--dataset", "fer2013", "--archive", archive, "--out", "audit")
+    findings = pd.read_parquet("audit/findings.parquet")
+    assert {"id", "check", "score", "threshold", "action"} <= set(findings.columns)
+    dropped = findings[findings["action"] == "drop"]
+    assert list(zip(dropped["id"], dropped["check"], strict=True)) == [
+        ("Training_3", "exact_duplicate")
+    ]
+    assert "Audit of fer2013" in Path("audit/report.html").read_text()
+    assert not Path("data").exists() and not Path("reports").exists()
+    said = capsys.readouterr().out
+    assert "5 examples: 4 kept, 1 dropped" in said
+    assert re.search(r"exact_duplicate .* drop .* 1 .* 1 ", said)
+
+
+def test_an_audit_can_be_repeated_but_replaces_nothing_else(
+    command: Callable[..., None], archive: Path
+) -> None:
+    for _ in range(2):
+        command("--dataset", "fer2013", "--archive", archive, "--out", "audit")
+    Path("mine").mkdir()
+    Path("mine/thesis.txt").write_text("do not lose")
+    with pytest.raises(GrimaceError, match="mine is there and holds no audit: name a new folder"):
+        command("--dataset", "fer2013", "--archive", archive, "--out", "mine")
+    assert Path("mine/thesis.txt").read_text() == "do not lose"
+
+
+@pytest.mark.parametrize("given", [["--archive", "x.zip"], ["--out", "x"]])
+def test_archive_and_out_go_together(
+    given: list[str], command: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        command("--dataset", "fer2013", *given)
+    assert "--archive and --out go together" in capsys.readouterr().err
+
+
+def test_the_wrong_archive(command: Callable[..., None], archive: Path) -> None:
+    with pytest.raises(GrimaceError, match="does not hold ytf_keypoints"):
+        command("--dataset", "ytf_keypoints", "--archive", archive, "--out", "audit")
+
+
+def test_the_projects_own_faces_are_good(measured) -> None:
+    """What the default graph runs on loses nothing."""
+    from pipelines.checks.judge import judge
+    from pipelines.params import load_params
+
+    table, findings = judge(*measured(faces(120)), load_params(ROOT / "params.yaml").filter.checks)
+    assert table["kept"].all() and (table["weight"] == 1).all(), findings

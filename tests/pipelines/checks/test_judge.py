@@ -1,0 +1,384 @@
+"""The rules, on measures that are made up: what fires, what it does, and in which order."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from pipelines.checks import FACTS, Finding
+from pipelines.checks.judge import COMPARED, DERIVED, MARKED, Kept, judge
+from pipelines.checks.measures import COLUMNS, FACE_SIDE
+from pipelines.params import Checks, load_params
+
+CHECKS = load_params(Path(__file__).parents[3] / "params.yaml").filter.checks
+
+# A picture that gives no reason to complain.
+GOOD: dict[str, Any] = {
+    "class": "happy",
+    "label": 3,
+    "official_split": "",
+    "person": "",
+    "defect": "",
+    "unreadable": "",
+    "width": 48.0,
+    "height": 48.0,
+    "std": 60.0,
+    "brightness": 0.5,
+    "dark": 0.9,
+    "bright": 0.1,
+    "blurred": 0.5,
+    "low_information": 0.7,
+    "face_size": 48.0,
+    "cut_off": 0.0,
+    "landmarks_outside": 0.0,
+    "landmarks_folded": 0.0,
+    "landmarks_mirrored": 0.0,
+    "landmarks_visible": "",
+    "yaw": 0.0,
+    "seed_kept": True,
+    "haar": 1.0,
+    "blazeface": 1.0,
+}
+UNREAD = {name: np.nan for name, kind in COLUMNS.items() if kind == "float64"} | {
+    "pixels": "",
+    "haar": np.nan,
+    "blazeface": np.nan,
+}
+
+
+def row(id: str, **changes: Any) -> dict[str, Any]:
+    return GOOD | {"id": id, "pixels": f"pixels of {id}", "digest": id} | changes
+
+
+def only(**actions: Any) -> Checks:
+    """All checks off but these: an action, or whatever else is to be set."""
+    settings = CHECKS.model_dump()
+    for check in settings.values():
+        check["action"] = "off"
+    for name, changes in actions.items():
+        settings[name] |= changes if isinstance(changes, dict) else {"action": changes}
+    return Checks.model_validate(settings)
+
+
+def judged(
+    checks: Checks,
+    *rows: dict[str, Any],
+    pictures: Sequence[np.ndarray] | None = None,
+    restore: Sequence[str] = (),
+) -> tuple[pd.DataFrame, list[Finding]]:
+    n = len(rows)
+    rng = np.random.default_rng(0)
+    hashes = rng.integers(0, 2**64, (n, 2), np.uint64, endpoint=False)
+    table = pd.DataFrame(rows).assign(hash=hashes[:, 0], mirror_hash=hashes[:, 1])
+    small = rng.integers(0, 256, (n, 32, 32), np.uint8)
+    if pictures is not None:
+        small = np.stack(pictures)
+        table[["hash", "mirror_hash"]] = np.uint64(0)  # every pair is worth comparing
+    faces = np.zeros((n, FACE_SIDE, FACE_SIDE), np.uint8)
+    nothing = [np.zeros((0, 2), np.float32)] * n, [np.zeros(0, bool)] * n
+    return judge(table, Kept(small, faces, *nothing), checks, restore)
+
+
+def by_id(findings: Sequence[Finding]) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for finding in findings:
+        found.setdefault(finding.id, []).append(finding.check)
+    return found
+
+
+def test_a_good_picture_is_kept() -> None:
+    table, findings = judged(CHECKS, row("a"), row("b"))
+    assert findings == []
+    assert table["kept"].all() and (table["weight"] == 1).all() and (table["reason"] == "").all()
+    assert set(DERIVED) <= set(table.columns)
+
+
+# each check
+
+
+def test_defect_and_unreadable_say_what_is_wrong() -> None:
+    table, findings = judged(
+        CHECKS, row("a", **UNREAD, defect="label 9"), row("b", **UNREAD, unreadable="zero bytes")
+    )
+    assert [(f.id, f.check, f.evidence) for f in findings] == [
+        ("a", "defect", "label 9"),
+        ("b", "unreadable", "zero bytes"),
+    ]
+    assert np.isnan([f.score for f in findings]).all()
+    assert not table["kept"].any()
+
+
+def test_blank() -> None:
+    bound = CHECKS.blank.std
+    _, findings = judged(CHECKS, row("a", std=bound - 0.01), row("b", std=bound))
+    assert by_id(findings) == {"a": ["blank"]}
+    (finding,) = findings
+    assert (finding.score, finding.threshold, finding.action) == (bound - 0.01, bound, "drop")
+
+
+@pytest.mark.parametrize("name", sorted(COMPARED.keys() - {"landmarks_implausible"}))
+def test_a_measure_is_compared_with_its_threshold(name: str) -> None:
+    column, _ = COMPARED[name]
+    rule = getattr(CHECKS, name)
+    below = name in ("dark", "low_information", "blurred", "small_face")
+    bad, good = (
+        (rule.threshold - 0.01, rule.threshold)
+        if below
+        else (
+            rule.threshold + 0.01,
+            rule.threshold,
+        )
+    )
+    rows = row("bad", **{column: bad}), row("good", **{column: good}), row("none", **UNREAD)
+    table, findings = judged(only(**{name: "drop"}), *rows)
+    (finding,) = findings
+    assert (finding.id, finding.check, finding.action) == ("bad", name, "drop")
+    assert (finding.score, finding.threshold) == (bad, rule.threshold)
+    assert table["kept"].tolist() == [False, True, True]
+
+
+@pytest.mark.parametrize("name", MARKED)
+def test_a_mark_is_a_finding(name: str) -> None:
+    _, findings = judged(only(**{name: "flag"}), row("a"), row("b", **{name: 1.0}))
+    assert by_id(findings) == {"b": [name]}
+
+
+@pytest.mark.parametrize(
+    ("detectors", "votes", "found"),
+    [
+        (("haar",), 1, ["no haar", "neither"]),
+        (("blazeface",), 1, ["no blazeface", "neither"]),
+        (("haar", "blazeface"), 1, ["neither"]),
+        (("haar", "blazeface"), 2, ["no haar", "no blazeface", "neither"]),
+    ],
+)
+def test_detectors_vote(detectors: tuple[str, ...], votes: int, found: list[str]) -> None:
+    rule = {"action": "flag", "detectors": detectors, "votes": votes}
+    rows = [
+        row("both", haar=3.0),
+        row("no haar", haar=0.0),
+        row("no blazeface", blazeface=0.0),
+        row("neither", haar=0.0, blazeface=0.0),
+        row("unreadable", **UNREAD),
+    ]
+    _, findings = judged(only(no_face=rule), *rows)
+    assert [finding.id for finding in findings] == found
+    assert all(finding.threshold == votes for finding in findings)
+
+
+# copies
+
+
+@pytest.mark.parametrize(
+    ("splits", "kept"),
+    [
+        (("train", "val", "test"), "c"),
+        (("test", "val", "train"), "a"),
+        (("train", "val", ""), "b"),
+        (("", "train", ""), "b"),
+        (("train", "train", "train"), "a"),
+        (("train", "test", "test"), "b"),
+    ],
+)
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 0, 2)])
+def test_the_test_copy_stays(
+    splits: tuple[str, str, str], kept: str, order: tuple[int, ...]
+) -> None:
+    rows = [
+        row(id, pixels="the same", official_split=split)
+        for id, split in zip("abc", splits, strict=True)
+    ]
+    table, findings = judged(CHECKS, *(rows[i] for i in order))
+    assert table.loc[table["kept"], "id"].tolist() == [kept]
+    assert {finding.id for finding in findings} == set("abc") - {kept}
+    assert {finding.check for finding in findings} == {"exact_duplicate"}
+    assert all(f"same pixels as {kept}," in finding.evidence for finding in findings)
+    assert set(table["cluster"]) == {"a"}
+
+
+def test_a_dropped_copy_does_not_take_the_good_one_along() -> None:
+    bad = row("a", pixels="p", official_split="test", std=0.0)
+    table, findings = judged(CHECKS, bad, row("b", pixels="p", official_split="train"))
+    assert by_id(findings) == {"a": ["blank"]}
+    assert table["cluster"].tolist() == ["", ""]
+
+
+def test_copies_may_stay() -> None:
+    table, findings = judged(only(), row("a", pixels="p"), row("b", pixels="p"))
+    assert findings == [] and table["kept"].all()
+
+
+def noise(seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (32, 32), np.uint8)
+
+
+def mixed(one: np.ndarray, other: np.ndarray, share: float) -> np.ndarray:
+    return ((1 - share) * one + share * other).astype(np.uint8)
+
+
+def test_near_copies_are_found_and_clustered_with_exact_ones() -> None:
+    first = noise(1)
+    pictures = [first, mixed(first, noise(2), 0.2), first[:, ::-1], noise(3), first]
+    rows = [row(id, pixels="p" if id in "de" else id) for id in "dcbae"]
+    rows[4]["pixels"] = rows[0]["pixels"] = "p"
+    table, findings = judged(CHECKS, *rows, pictures=pictures)
+    assert table["cluster"].tolist() == ["b", "b", "b", "", "b"]
+    near = {f.id: f for f in findings if f.check == "near_duplicate"}
+    assert set(near) == {"c", "d"}  # without an official split the smallest id stays
+    assert near["d"].evidence == "mirror image of b"
+    assert near["c"].evidence == "mirror image of b"
+    assert all(0.92 <= finding.score <= 1 for finding in near.values())
+    assert [f.id for f in findings if f.check == "exact_duplicate"] == ["e"]
+
+
+def test_the_training_copy_of_a_test_picture_is_the_surplus_one() -> None:
+    pictures = [noise(1), mixed(noise(1), noise(2), 0.2)]
+    rows = row("a", official_split="train"), row("b", official_split="test")
+    table, findings = judged(only(near_duplicate="drop"), *rows, pictures=pictures)
+    assert table["kept"].tolist() == [False, True]
+    assert findings[0].evidence == "near copy of b"
+
+
+# labels of copies
+
+
+def test_all_copies_with_conflicting_labels_are_found() -> None:
+    rows = [
+        row("a", pixels="p", **{"class": "sad"}),
+        row("b", pixels="p", **{"class": "sad"}),
+        row("c", pixels="p"),
+        row("d", pixels="q"),
+        row("e", pixels="q"),
+    ]
+    table, findings = judged(CHECKS, *rows)
+    conflicts = {f.id: f for f in findings if f.check == "label_conflict"}
+    assert set(conflicts) == set("abc")
+    assert conflicts["a"].evidence == "exact copies of it are labelled happy (1), sad (2)"
+    assert conflicts["a"].score == pytest.approx(1 / 3)
+    assert conflicts["c"].score == pytest.approx(2 / 3)
+    assert table["kept"].tolist() == [False, False, False, True, False]
+    assert table["reason"].tolist()[:3] == ["label_conflict", "exact_duplicate", "exact_duplicate"]
+
+
+def test_near_copies_can_conflict_too() -> None:
+    pictures = [noise(1), mixed(noise(1), noise(2), 0.2)]
+    rows = row("a"), row("b", **{"class": "sad"})
+    _, findings = judged(CHECKS, *rows, pictures=pictures)
+    conflicts = [f for f in findings if f.check == "label_conflict"]
+    assert [f.id for f in conflicts] == ["a", "b"]
+    assert conflicts[0].evidence == "near copies of it are labelled happy (1), sad (1)"
+
+
+def test_a_missing_label_is_no_other_label() -> None:
+    rows = row("a", pixels="p"), row("b", pixels="p", label=-1, **{"class": "unlabelled"})
+    _, findings = judged(CHECKS, *rows)
+    assert by_id(findings) == {"b": ["exact_duplicate"]}
+
+
+def test_a_held_out_member_of_a_conflict_stays() -> None:
+    rows = [
+        row("a", pixels="p", official_split="test"),
+        row("b", pixels="p", official_split="train", **{"class": "sad"}),
+    ]
+    table, findings = judged(CHECKS, *rows)
+    assert table["kept"].tolist() == [True, False]
+    (flagged,) = [f for f in findings if f.id == "a"]
+    assert (flagged.check, flagged.action) == ("label_conflict", "flag")
+
+
+# actions
+
+
+@pytest.mark.parametrize("split", ["val", "test"])
+@pytest.mark.parametrize("action", ["drop", "weight", "flag"])
+def test_an_opinion_only_flags_what_is_held_out(split: str, action: str) -> None:
+    rows = row("a", dark=0.0, official_split=split), row("b", dark=0.0, official_split="train")
+    table, findings = judged(only(dark={"action": action, "weight": 0.0}), *rows)
+    assert [finding.action for finding in findings] == ["flag", action]
+    assert (f"official {split} split" in findings[0].evidence) == (action != "flag")
+    assert table["kept"].tolist() == [True, action != "drop"]
+    assert table["weight"].tolist() == [1.0, 0.0 if action == "weight" else 1.0]
+
+
+@pytest.mark.parametrize("name", FACTS)
+def test_a_fact_drops_from_the_test_split_too(name: str) -> None:
+    bad = {
+        "defect": UNREAD | {"defect": "label 9"},
+        "unreadable": UNREAD | {"unreadable": "zero bytes"},
+        "blank": {"std": 0.0},
+        "exact_duplicate": {"pixels": "pixels of a"},
+    }[name]
+    rows = row("a", official_split="test"), row("b", official_split="test") | bad
+    table, findings = judged(CHECKS, *rows)
+    assert by_id(findings) == {"b": [name]}
+    assert table["kept"].tolist() == [True, False]
+
+
+def test_the_first_check_that_drops_is_the_reason() -> None:
+    checks = only(dark="flag", bright="drop", blurred="drop", small_face={"action": "weight"})
+    table, findings = judged(
+        checks, row("a", dark=0.0, bright=1.0, blurred=0.0, face_size=1.0), row("b", blurred=0.0)
+    )
+    assert by_id(findings) == {"a": ["dark", "bright", "blurred", "small_face"], "b": ["blurred"]}
+    assert table["reason"].tolist() == ["bright", "blurred"]
+
+
+def test_the_smallest_weight_counts() -> None:
+    checks = only(
+        dark={"action": "weight", "weight": 0.5}, blurred={"action": "weight", "weight": 0.2}
+    )
+    rows = row("a", dark=0.0, blurred=0.0), row("b", dark=0.0), row("c")
+    table, findings = judged(checks, *rows)
+    assert table["weight"].tolist() == [0.2, 0.5, 1.0]
+    assert [finding.weight for finding in findings] == [0.5, 0.5, 0.2]
+    assert table["kept"].all()
+
+
+def test_restored_ids_stay() -> None:
+    checks = only(dark="drop", blurred={"action": "weight", "weight": 0.2})
+    rows = [row(id, dark=0.0, blurred=0.0) for id in "ab"]
+    table, findings = judged(checks, *rows, restore=["a"])
+    assert [(f.id, f.check, f.action) for f in findings] == [
+        ("a", "dark", "restored"),
+        ("b", "dark", "drop"),
+        ("a", "blurred", "weight"),
+        ("b", "blurred", "weight"),
+    ]
+    assert table["kept"].tolist() == [True, False]
+    assert table["reason"].tolist() == ["", "dark"]
+
+
+@pytest.mark.parametrize("name", [name for name in Checks.model_fields if name != "mislabelled"])
+def test_every_check_can_be_off(name: str) -> None:
+    bad = row(
+        "a",
+        dark=0.0,
+        bright=1.0,
+        low_information=0.0,
+        blurred=0.0,
+        face_size=1.0,
+        cut_off=1.0,
+        landmarks_outside=1.0,
+        landmarks_folded=1.0,
+        landmarks_mirrored=1.0,
+        haar=0.0,
+        blazeface=0.0,
+        **{"class": "sad"},
+    )
+    rows = [bad, bad | {"id": "b", "class": "happy"}, bad | {"id": "n", "pixels": "q"}]
+    rows += [row("c", std=0.0), row("d", **UNREAD, defect="x"), row("e", **UNREAD, unreadable="x")]
+    pictures = [noise(1)] * 6
+    settings = CHECKS.model_dump()
+    settings["mislabelled"]["action"] = "off"
+    for check in settings:
+        if check != "mislabelled":
+            settings[check]["action"] = "flag"
+    settings["exact_duplicate"]["action"] = "flag"
+    _, findings = judged(Checks.model_validate(settings), *rows, pictures=pictures)
+    assert name in {f.check for f in findings} or name == "landmarks_implausible"
+    settings[name]["action"] = "off"
+    _, findings = judged(Checks.model_validate(settings), *rows, pictures=pictures)
+    assert name not in {f.check for f in findings}
