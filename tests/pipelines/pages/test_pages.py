@@ -142,3 +142,5 @@ def test_dark_mode_and_charts_reach_the_screen(browse, tmp_path):
         assert page.evaluate("document.querySelector('figure img').naturalWidth") > 100
     assert seen["light"][0] == "rgb(252, 251, 248)" and seen["dark"][0] == "rgb(22, 25, 29)"
     assert seen["light"][1] != seen["dark"][1]
+    page.emulate_media(media="print")
+    assert page.locator("figure img").screenshot() == seen["light"][1], "ink on white paper"
