@@ -16,9 +16,12 @@ import numpy as np
 
 from pipelines.datasets.example import Box, Example
 
-# BlazeFace's logit from which a find is a face (0 is a probability of one half), and how much two
-# boxes must overlap (intersection over union) to be the same face: MediaPipe's own.
-LOGIT = 0.0
+# BlazeFace's logits: faces are counted from SURE on (a probability of one half, as in MediaPipe);
+# where there is none, the likeliest find is one from FAINT on. A face without hair or chin rarely
+# gets less, a picture of something else rarely more. Boxes that overlap by more than OVERLAP
+# (intersection over union) are one face.
+SURE = 0.0
+FAINT = -1.0
 OVERLAP = 0.3
 
 # Of the longer side, added all around: a face that fills its picture is seen only with a border.
@@ -92,25 +95,25 @@ def _cascade() -> cv2.CascadeClassifier:
 
 
 def _blazeface(rgb: np.ndarray) -> int:
-    boxes, logits = _blazeface_network()(_framed(rgb))
-    likely = logits > LOGIT
-    return len(cv2.dnn.NMSBoxes(boxes[likely].tolist(), logits[likely].tolist(), LOGIT, OVERLAP))
-
-
-def _framed(rgb: np.ndarray) -> np.ndarray:
-    """Pad to a square with a border that repeats the outermost pixels."""
     height, width = rgb.shape[:2]
     side = round(max(height, width) * (1 + 2 * BORDER))
     top, left = (side - height) // 2, (side - width) // 2
-    return cv2.copyMakeBorder(
-        rgb, top, side - height - top, left, side - width - left, cv2.BORDER_REPLICATE
+    framed = cv2.copyMakeBorder(
+        rgb, top, side - height - top, left, side - width - left, cv2.BORDER_REFLECT_101
     )
+    boxes, logits = _blazeface_network()(framed)
+    # A mirror image in the border is not another face.
+    x, y = (boxes[:, :2] + boxes[:, 2:] / 2).T * side
+    inside = (x > left) & (x < left + width) & (y > top) & (y < top + height)
+    boxes, logits = boxes[inside], logits[inside]
+    sure = logits > SURE
+    faces = len(cv2.dnn.NMSBoxes(boxes[sure].tolist(), logits[sure].tolist(), SURE, OVERLAP))
+    return faces or int(np.any(logits > FAINT))
 
 
 @cache
 def _blazeface_network() -> Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]:
-    """Build the network; it takes a square picture, and gives the boxes (left, top, width, height) and logits
-    of 896 anchors.
+    """Build the network; it takes a square picture, and gives boxes and logits of 896 anchors.
 
     The package that carries the model file is only located, not imported: that would load
     TensorFlow, and fails beside NumPy 2.
@@ -138,7 +141,7 @@ def _blazeface_network() -> Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]
         offsets = interpreter.get_tensor(regressors["index"])[0, :, :4]
         sizes = offsets[:, 2:]
         corners = anchors + offsets[:, :2] - sizes / 2
-        return np.hstack([corners, sizes]), interpreter.get_tensor(logits["index"])[0, :, 0]
+        return np.hstack([corners, sizes]) / side, interpreter.get_tensor(logits["index"])[0, :, 0]
 
     return network
 

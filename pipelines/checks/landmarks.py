@@ -34,6 +34,9 @@ USUAL = 0.9
 ROUNDS = 3
 FOLDS = 5
 
+# Differences smaller than this, relative to the size of the shape, do not count.
+PRECISION = 1e-4
+
 # The iBUG-68 points of an average face from the image's left to its middle, in millimetres: x to
 # the image's right, y down, z away from the camera, 0 at the tip of the nose. Factorised from the
 # landmarks of YouTube Faces (Tomasi and Kanade 1992), made symmetric, and scaled to a distance of
@@ -237,6 +240,7 @@ def _distances(shapes: np.ndarray) -> np.ndarray:
             usual_others = rows[others][usual[others]]
             mean = usual_others.mean(axis=0)
             covariance, _ = ledoit_wolf(usual_others - mean, assume_centered=True)
+            covariance += PRECISION**2 * np.eye(len(covariance))
             away = (rows[these] - mean).T
             distances[these] = np.sqrt(np.sum(away * np.linalg.solve(covariance, away), axis=0))
     return distances
@@ -258,4 +262,4 @@ def _robust_z(values: np.ndarray) -> np.ndarray:
     """Standard deviations above the median, by the median absolute deviation."""
     above = values - np.median(values)
     spread = 1.4826 * np.median(np.abs(above))
-    return above / spread if spread > 0 else np.zeros_like(values)
+    return above / spread if spread > PRECISION else np.zeros_like(values)
