@@ -33,7 +33,7 @@ from pipelines.fanout import fan_out
 from pipelines.params import TaskName, load_params
 from pipelines.shards import read_view
 from pipelines.sheets import contact_sheet
-from pipelines.views import Recipe, augmented_view, build_policy, plain_view, seed_of
+from pipelines.views import Recipe, augmented_views, build_policy, plain_view, seed_of
 
 CHUNK_BYTES = 2**22  # of results, made in one go
 
@@ -193,7 +193,7 @@ def copies_of(plan: pd.DataFrame, balance: dict[str, int] | str | None, seed: in
         if not len(rows):
             raise GrimaceError(f"augment.emotion.balance: no training image is {name}")
         each, more = divmod(max(count, len(rows)), len(rows))
-        order = sorted(rows, key=lambda row: seed_of(seed, plan["id"].iloc[row], view=-1))
+        order = sorted(rows, key=lambda row: seed_of(seed, plan["id"].iloc[row], copy=-1))
         copies[rows] = each
         copies[order[:more]] += 1
     return copies
@@ -336,12 +336,12 @@ def make_rows(recipe: Recipe, policy: Any, rows: Sequence[Row]) -> dict[str, np.
     made: defaultdict[str, list[np.ndarray]] = defaultdict(list)
     for row in rows:
         image = decode(row.example.image, recipe.task.channels)
-        for view in range(_views(recipe, row.side)):
-            if row.side == "train":
-                result = augmented_view(row.example, image, recipe, policy, view, row.copy)
-            else:
-                result = plain_view(row.example, image, recipe.task)
-            for kind, array in zip(KINDS[recipe.name], result, strict=False):
+        if row.side == "train":
+            views = augmented_views(row.example, image, recipe, policy, row.copy)
+        else:
+            views = [plain_view(row.example, image, recipe.task)]
+        for view, arrays in enumerate(views):
+            for kind, array in zip(KINDS[recipe.name], arrays, strict=False):
                 made[f"{row.side}/{kind}-{view:02d}"].append(array)
     return {name: np.stack(arrays) for name, arrays in made.items()}
 

@@ -34,7 +34,7 @@ from pipelines.download import ARCHIVES
 from pipelines.pages import Section, charts
 from pipelines.params import Params, TaskName, load_params
 from pipelines.split import class_of
-from pipelines.views import Recipe, augmented_view, build_policy, plain_view, transform_view
+from pipelines.views import Recipe, augmented_views, build_policy, plain_view, transform_view
 
 RAW = Path("data/raw")
 SAMPLES = 9  # shown of each class
@@ -471,8 +471,8 @@ def _transformed(example: Example, name: TaskName, params: Params) -> list[tuple
     recipe = Recipe(name, task, settings, params.augment.seed)
     policy = build_policy(settings, task, name)
     views += [
-        (f"all, view {number}", augmented_view(example, image, recipe, policy, number))
-        for number in range(min(VIEWS, settings.views))
+        (f"all, view {number}", view)
+        for number, view in enumerate(augmented_views(example, image, recipe, policy)[:VIEWS])
     ]
     return [(caption, _with_points(*view)) for caption, view in views]
 

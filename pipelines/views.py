@@ -1,7 +1,7 @@
 """One example as a model sees it: cropped, and for training jittered and augmented.
 
-Views of an example are drawn from a seed made of the recipe's seed, the example's id, the view's
-number and the copy's alone, so nothing else changes them.
+The views of an example are drawn one after the other from a seed made of the recipe's seed, the
+example's id and the copy's number, so nothing else changes them.
 """
 
 import hashlib
@@ -62,58 +62,63 @@ def plain_view(
     return crop(image, box, task.size), points.astype(np.float32), example.visible
 
 
-def augmented_view(
-    example: Example, image: np.ndarray, recipe: Recipe, policy: Any, view: int, copy: int = 0
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Jitter the face box, crop with some context, apply the policy and trim the context.
+def augmented_views(
+    example: Example, image: np.ndarray, recipe: Recipe, policy: Any, copy: int = 0
+) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Jitter the face box, crop with some context, apply the policy and trim the context; often.
 
     Landmarks stay on their pixels; a mirrored picture swaps left and right names; a point that
-    leaves the crop becomes invisible and 0, none is lost or reordered.
+    leaves the crop becomes invisible and 0, none is lost or reordered. For task emotion points are
+    not followed: all become invisible.
 
     Args:
         example: with landmarks in pixels.
         image: its decoded picture, uint8 (H, W, C).
-        recipe: crop, jitter and seed.
+        recipe: crop, jitter, number of views and seed.
         policy: as `build_policy` makes it.
-        view, copy: numbers that make this version differ from the others.
+        copy: makes the views differ from those of other copies.
 
     Returns:
-        As `plain_view`.
+        One item a view, as `plain_view` gives it.
 
     Raises:
         GrimaceError: the policy drops points.
     """
-    seed = seed_of(recipe.seed, example.id, view, copy)
-    rng = np.random.default_rng(seed)
-    tight = face_box(example, image.shape, recipe.task.margin)
-    tight = jitter_box(tight, recipe.settings.jitter_shift, recipe.settings.jitter_scale, rng)
-    size, wide_size = recipe.task.size, _wide(recipe.task.size)
-    extra = (tight.right - tight.left) * (wide_size - size) / size / 2
-    box = Box(tight.left - extra, tight.top - extra, tight.right + extra, tight.bottom + extra)
-    wide = crop(image, box, wide_size)
+    rng = _restart(policy, seed_of(recipe.seed, example.id, copy))
+    settings, size, wide_size = recipe.settings, recipe.task.size, _wide(recipe.task.size)
+    face = face_box(example, image.shape, recipe.task.margin)
+    labelled = np.flatnonzero(example.visible if recipe.name == "landmarks" else [])
+    views = []
+    for _ in range(settings.views):
+        tight = jitter_box(face, settings.jitter_shift, settings.jitter_scale, rng)
+        extra = (tight.right - tight.left) * (wide_size - size) / size / 2
+        box = Box(tight.left - extra, tight.top - extra, tight.right + extra, tight.bottom + extra)
+        wide = crop(image, box, wide_size)
+        landmarks, visible = np.zeros_like(example.landmarks), np.zeros_like(example.visible)
+        if len(labelled):
+            points = np.concatenate([PROBE, to_crop(example.landmarks[labelled], box)])
+            result = policy(image=wide, keypoints=points * wide_size - 0.5)
+            moved = (np.asarray(result["keypoints"], np.float32) + 0.5) / size
+            if len(moved) != len(points):
+                raise GrimaceError(
+                    f"the policy dropped keypoints of {example.id}: a transform in augment."
+                    f"{recipe.name}.policies.{settings.policy} removes points; choose another"
+                )
+            probe, moved = moved[:3], moved[3:]
+            inside = ((moved >= 0) & (moved <= 1)).all(1)
+            landmarks[labelled[inside]], visible[labelled[inside]] = moved[inside], True
+            if _turned(probe):
+                mirror = list(SCHEMES[len(landmarks)].mirror)
+                landmarks, visible = landmarks[mirror], visible[mirror]
+        else:
+            result = policy(image=wide)
+        views.append((result["image"].reshape(size, size, -1), landmarks, visible))
+    return views
 
-    # One stream for all transforms: `set_random_seed` would start each from the same number, so
-    # that what is mirrored would always be rotated too.
-    policy.set_random_state(rng, random.Random(seed))
-    labelled = np.flatnonzero(example.visible)
-    landmarks, visible = np.zeros_like(example.landmarks), np.zeros_like(example.visible)
-    if not len(labelled):
-        return policy(image=wide)["image"].reshape(size, size, -1), landmarks, visible
-    points = np.concatenate([PROBE, to_crop(example.landmarks[labelled], box)])
-    result = policy(image=wide, keypoints=points * wide_size - 0.5)
-    moved = (np.asarray(result["keypoints"], np.float32) + 0.5) / size
-    if len(moved) != len(points):
-        raise GrimaceError(
-            f"the policy dropped keypoints of {example.id}: a transform in augment.{recipe.name}."
-            f"policies.{recipe.settings.policy} removes points; choose another"
-        )
-    probe, moved = moved[:3], moved[3:]
-    inside = ((moved >= 0) & (moved <= 1)).all(1)
-    landmarks[labelled[inside]], visible[labelled[inside]] = moved[inside], True
-    if np.linalg.det(probe[1:] - probe[0]) < 0:
-        mirror = list(SCHEMES[len(landmarks)].mirror)
-        landmarks, visible = landmarks[mirror], visible[mirror]
-    return result["image"].reshape(size, size, -1), landmarks, visible
+
+def _turned(probe: np.ndarray) -> bool:
+    (x, y), (x_right, y_right), (x_below, y_below) = probe.tolist()
+    return (x_right - x) * (y_below - y) < (x_below - x) * (y_right - y)
 
 
 def transform_view(
@@ -140,7 +145,7 @@ def transform_view(
         views=1, jitter_shift=0, jitter_scale=0, policies={"one": (always,)}, policy="one"
     )
     recipe = Recipe(name, task, settings, seed)
-    return augmented_view(example, image, recipe, build_policy(settings, task, name), view=0)
+    return augmented_views(example, image, recipe, build_policy(settings, task, name))[0]
 
 
 def build_policy(settings: AugmentTask, task: Task, name: TaskName) -> Any:
@@ -187,14 +192,30 @@ def build_policy(settings: AugmentTask, task: Task, name: TaskName) -> Any:
             )
     transforms.append(albumentations.CenterCrop(task.size, task.size))
     keypoints = albumentations.KeypointParams(format="xy", remove_invisible=False)
-    return albumentations.Compose(transforms, keypoint_params=keypoints)
+    policy = albumentations.Compose(transforms, keypoint_params=keypoints, is_check_shapes=False)
+    # One stream for all transforms: `set_random_seed` would start each from the same number, so
+    # that what is mirrored would always be rotated too.
+    policy.set_random_state(np.random.default_rng(0), random.Random(0))
+    return policy
 
 
 def _wide(size: int) -> int:
     return size + 2 * round(size * CONTEXT)
 
 
-def seed_of(seed: int, id: str, view: int, copy: int = 0) -> int:
-    """Return 64 bits that each of the arguments changes."""
-    key = f"{seed}/{id}/{view}" + (f"/{copy}" if copy else "")
-    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big")
+def seed_of(seed: int, id: str, copy: int) -> int:
+    """Return 256 bits that each of the arguments changes."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{id}/{copy}".encode()).digest(), "big")
+
+
+def _restart(policy: Any, seed: int) -> np.random.Generator:
+    """Start a policy's random numbers anew and return their generator.
+
+    The state of PCG64 is set as it is, and not through NumPy's own seeding, which takes longer
+    and only spreads bits that are well spread already.
+    """
+    policy.py_random.seed(seed)
+    state = {"state": seed >> 128, "inc": seed % 2**128 | 1}
+    whole = {"bit_generator": "PCG64", "state": state, "has_uint32": 0, "uinteger": 0}
+    policy.random_generator.bit_generator.state = whole
+    return policy.random_generator

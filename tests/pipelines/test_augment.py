@@ -27,7 +27,7 @@ from pipelines.datasets.example import Example
 from pipelines.datasets.table import parts, write_examples
 from pipelines.params import load_params
 from pipelines.shards import read_meta, read_view
-from pipelines.views import Recipe, augmented_view, build_policy, plain_view
+from pipelines.views import Recipe, augmented_views, build_policy, plain_view
 
 ROOT = Path(__file__).parents[2]
 POINTS = np.random.default_rng(9).uniform(15, 60, (KAGGLE_15.size, 2))
@@ -135,7 +135,7 @@ def test_every_view_is_what_the_image_alone_would_give(stage: Path, task: Any) -
         for row, id in reversed(list(enumerate(shard.ids))):
             (example,) = (example for example in FACES if example.id == id)
             image = decode(example.image, 1)
-            crop, landmarks, visible = augmented_view(example, image, work, policy, view)
+            crop, landmarks, visible = augmented_views(example, image, work, policy)[view]
             assert np.array_equal(shard.images[row], crop)
             if shard.landmarks is not None and shard.visible is not None:
                 assert np.array_equal(shard.landmarks[row], landmarks)

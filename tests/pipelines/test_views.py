@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from pipelines.cli import GrimaceError
 from pipelines.datasets import synthetic
 from pipelines.datasets.example import Example
 from pipelines.params import AugmentTask, Task, Transform, load_params
-from pipelines.views import Recipe, augmented_view, build_policy, plain_view, transform_view
+from pipelines.views import Recipe, augmented_views, build_policy, plain_view, transform_view
 
 ROOT = Path(__file__).parents[2]
 DEFAULT = load_params(ROOT / "params.yaml").augment
@@ -27,9 +28,11 @@ FACE = np.array(
 )  # fmt: skip
 
 
-def recipe(policy: tuple[Transform, ...], jitter: float = 0.06, **task: Any) -> Recipe:
+def recipe(
+    policy: tuple[Transform, ...], jitter: float = 0.06, views: int = 1, **task: Any
+) -> Recipe:
     settings = AugmentTask(
-        views=4,
+        views=views,
         jitter_shift=jitter,
         jitter_scale=jitter * 2,
         policies={"tried": policy},
@@ -133,30 +136,27 @@ TRIANGLE = {15: [2, 4, 10], 68: [39, 42, 30]}
 )
 @pytest.mark.parametrize("size", [15, 68])
 def test_landmarks_stay_on_their_pixels(name: str, scale: float, size: int) -> None:
-    work = recipe(POLICIES[name], margin=0.3)
+    work = recipe(POLICIES[name], views=10 if size == 15 else 6, margin=0.3)
     policy = policy_of(work)
     points = FACES[size] * scale + [20.3, 31.8]
     example = example_of(points)
     shape = (int(130 * scale + 40), int(120 * scale + 70))
-    # Every fifth of the 68 in each view, others in the next.
-    shown = np.arange(size) if size == 15 else np.array([*TRIANGLE[68], *range(0, 68, 5)])
+    dots = [dot(shape, point, sigma=1.6 * scale * 1.3) for point in points]
+    # By point, then by view.
+    all_views = [augmented_views(example, image, work, policy) for image in dots]
     errors, mirrored = [], set()
-    for view in range(10):
-        shown = shown if size == 15 else np.r_[TRIANGLE[68], (shown[3:] + 1) % size]
-        dots = [dot(shape, points[number], sigma=1.6 * scale * 1.3) for number in shown]
-        views = [augmented_view(example, image, work, policy, view) for image in dots]
+    for views in zip(*all_views, strict=True):
         landmarks, visible = views[0][1:]
-        found = np.full((size, 2), np.nan)
-        found[shown] = [position(image) for image, *_ in views]
+        found = np.array([position(image) for image, *_ in views])
         assert all(np.array_equal(other, landmarks) for _, other, _ in views)
         assert np.isfinite(found[TRIANGLE[size]]).all(), "the triangle left the frame"
         flipped = turn(found) != turn(points)
         mirrored.add(flipped)
-        for number in shown:
+        for number, at in enumerate(found):
             row = SCHEMES[size].mirror[number] if flipped else number
-            if np.isfinite(found[number]).all():
+            if np.isfinite(at).all():
                 assert visible[row]
-                errors.append(np.abs(landmarks[row] * 96 - 0.5 - found[number]).max())
+                errors.append(np.abs(landmarks[row] * 96 - 0.5 - at).max())
     assert len(errors) > 100
     assert max(errors) < 0.25
     assert np.mean(errors) < 0.1
@@ -176,8 +176,8 @@ def test_mirroring_twice_gives_the_picture_and_its_names_back(scheme: Scheme) ->
     turned = example.landmarks * [-1, 1] + [119, 0]
     by_hand = example_of(turned[mirror], example.visible[mirror])
     policy = policy_of(flop)
-    again = augmented_view(by_hand, image[:, ::-1].copy(), flop, policy, 0)
-    once = augmented_view(example, image, flop, policy, 0)
+    (again,) = augmented_views(by_hand, image[:, ::-1].copy(), flop, policy)
+    (once,) = augmented_views(example, image, flop, policy)
     for found, expected in [
         (again, plain_view(example, image, flop.task)),
         (once, plain_view(by_hand, image[:, ::-1].copy(), flop.task)),
@@ -193,16 +193,16 @@ def test_mirroring_twice_gives_the_picture_and_its_names_back(scheme: Scheme) ->
 
 def test_points_out_of_frame_become_invisible_and_keep_their_place() -> None:
     work = recipe((), jitter=0, margin=-0.2)  # cuts the outer points off
-    example = example_of(FACE + 20)
+    example = example_of(FACES[68] + 20)
     image = np.zeros((140, 140, 1), np.uint8)
-    _, landmarks, visible = augmented_view(example, image, work, policy_of(work), 0)
+    ((_, landmarks, visible),) = augmented_views(example, image, work, policy_of(work))
     _, plain, _ = plain_view(example, image, work.task)
     inside = ((plain >= 0) & (plain <= 1)).all(1)
-    assert 3 < inside.sum() < 12
+    assert 10 < inside.sum() < 60
     assert np.array_equal(visible, inside)
     np.testing.assert_allclose(landmarks[inside], plain[inside], atol=1e-5)
     assert (landmarks[~inside] == 0).all()
-    assert landmarks.dtype == np.float32 and landmarks.shape == (15, 2) and visible.dtype == bool
+    assert landmarks.dtype == np.float32 and landmarks.shape == (68, 2) and visible.dtype == bool
 
 
 class Recording:
@@ -211,12 +211,12 @@ class Recording:
     def __init__(self, policy: Any) -> None:
         self.policy, self.given = policy, np.zeros((0, 2))
 
-    def set_random_state(self, *generators: Any) -> None:
-        self.policy.set_random_state(*generators)
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.policy, name)
 
-    def __call__(self, image: np.ndarray, keypoints: np.ndarray) -> Any:
-        self.given = np.concatenate([self.given, keypoints])
-        return self.policy(image=image, keypoints=keypoints)
+    def __call__(self, **targets: np.ndarray) -> Any:
+        self.given = np.concatenate([self.given, targets.get("keypoints", self.given[:0])])
+        return self.policy(**targets)
 
 
 @pytest.mark.parametrize("mirrored", [False, True])
@@ -228,7 +228,7 @@ def test_missing_landmarks_never_enter_the_policy_and_stay_missing(mirrored: boo
     example.landmarks[missing] = [65, 65]
     policy = Recording(policy_of(work))
     image = np.zeros((140, 140, 1), np.uint8)
-    _, landmarks, visible = augmented_view(example, image, work, policy, 0)
+    ((_, landmarks, visible),) = augmented_views(example, image, work, policy)
     assert len(policy.given) == 12 + 3  # and the three of the probe
     expected = missing[list(KAGGLE_15.mirror)] if mirrored else missing
     assert np.array_equal(visible, ~expected)
@@ -236,96 +236,85 @@ def test_missing_landmarks_never_enter_the_policy_and_stay_missing(mirrored: boo
 
 
 def test_a_picture_without_landmarks() -> None:
-    work = recipe(DEFAULT.emotion.policies["modern"])
+    work = recipe(DEFAULT.emotion.policies["modern"], views=5)
     image = np.zeros((48, 48, 1), np.uint8)
-    for view in range(5):
-        crop, landmarks, visible = augmented_view(
-            Example("a", b""), image, work, policy_of(work), view
-        )
+    for crop, landmarks, visible in augmented_views(
+        Example("a", b""), image, work, policy_of(work)
+    ):
         assert crop.shape == (96, 96, 1) and landmarks.shape == (0, 2) and visible.shape == (0,)
+
+
+def test_emotion_follows_no_points() -> None:
+    work = replace(recipe(DEFAULT.emotion.policies["modern"], views=5), name="emotion")
+    image = np.zeros((140, 140, 1), np.uint8)
+    policy = Recording(policy_of(work))
+    for _, landmarks, visible in augmented_views(example_of(FACE + 20), image, work, policy):
+        assert landmarks.shape == (15, 2) and not visible.any()
+    assert len(policy.given) == 0
 
 
 @pytest.mark.parametrize("name", ["CoarseDropout", "XYMasking", "GridDropout"])
 def test_holes_in_the_picture_drop_no_point(name: str) -> None:
     arguments = {"num_masks_x": 3, "num_masks_y": 3, "mask_x_length": 20, "mask_y_length": 20}
-    work = recipe(transform(name, **arguments if name == "XYMasking" else {}), jitter=0)
-    policy = policy_of(work)
+    policy = transform(name, **arguments if name == "XYMasking" else {})
+    work = recipe(policy, jitter=0, views=10)
     image = np.full((140, 140, 1), 200, np.uint8)
-    for view in range(10):
-        _, _, visible = augmented_view(example_of(FACE + 20), image, work, policy, view)
+    for _, _, visible in augmented_views(example_of(FACE + 20), image, work, policy_of(work)):
         assert visible.all()
 
 
 def test_a_policy_that_loses_points_is_refused() -> None:
     class Loses(Recording):
-        def __call__(self, image: np.ndarray, keypoints: np.ndarray) -> Any:
-            return super().__call__(image, keypoints[1:])
+        def __call__(self, **targets: np.ndarray) -> Any:
+            return super().__call__(image=targets["image"], keypoints=targets["keypoints"][1:])
 
     work = recipe(())
     with pytest.raises(
         GrimaceError, match=r"dropped keypoints of a: .*augment\.landmarks\.policies\.tried"
     ):
-        augmented_view(
-            example_of(FACE), np.zeros((99, 99, 1), np.uint8), work, Loses(policy_of(work)), 0
+        augmented_views(
+            example_of(FACE), np.zeros((99, 99, 1), np.uint8), work, Loses(policy_of(work))
         )
 
 
 # What decides a view
 
 
-def test_views_differ_and_depend_on_seed_id_and_number_alone() -> None:
-    work = recipe(DEFAULT.landmarks.policies["modern"])
+def test_views_differ_and_depend_on_seed_id_and_copy_alone() -> None:
+    work = recipe(DEFAULT.landmarks.policies["modern"], views=3)
     image = np.random.default_rng(0).integers(0, 256, (140, 140, 1), np.uint8)
     policy = policy_of(work)
 
-    def view(number: int, id: str = "a", recipe: Recipe = work, policy: Any = policy) -> bytes:
-        return augmented_view(example_of(FACE, id=id), image, recipe, policy, number)[0].tobytes()
+    def views(id: str = "a", copy: int = 0, recipe: Recipe = work, built: Any = policy) -> Any:
+        made = augmented_views(example_of(FACE, id=id), image, recipe, built, copy)
+        return [picture.tobytes() for picture, _, _ in made]
 
-    first = view(0)
-    others = [
-        view(1),
-        view(2),
-        view(0, id="b"),
-        view(0, recipe=Recipe(**{**vars(work), "seed": 7})),
-    ]
-    assert len({first, *others}) == 5
-    assert view(0) == first
-    assert view(0, policy=policy_of(work)) == first
+    first = views()
+    others = [*views(id="b"), *views(copy=1), *views(copy=2), *views(recipe=replace(work, seed=7))]
+    assert len({*first, *others}) == 15
+    assert views() == first
+    assert views(built=policy_of(work)) == first
+    more = replace(work, settings=work.settings.model_copy(update={"views": 5}))
+    assert views(recipe=more)[:3] == first
 
 
 def test_transforms_are_drawn_independently() -> None:
     """Each from where the last one left the stream; not all from its start, and so all alike."""
     policy = tuple(Transform(transform=name, p=0.5) for name in ("HorizontalFlip", "VerticalFlip"))
-    work = recipe(policy, jitter=0)
-    built = policy_of(work)
+    work = recipe(policy, jitter=0, views=80)
     image = np.zeros((96, 96, 1), np.uint8)
     image[:48, :48] = 255  # where this goes tells what was done
     done = [
-        tuple(augmented_view(Example("a", b""), image, work, built, view)[0][::80, ::80, 0].flat)
-        for view in range(80)
+        tuple(view[::80, ::80, 0].flat)
+        for view, _, _ in augmented_views(Example("a", b""), image, work, policy_of(work))
     ]
     assert len(set(done)) == 4
     assert min(done.count(outcome) for outcome in set(done)) > 8
 
 
-def test_copies_differ_and_the_first_is_the_image_itself() -> None:
-    work = recipe(DEFAULT.emotion.policies["V4"])
-    image = np.random.default_rng(0).integers(0, 256, (48, 48, 1), np.uint8)
-    policy = policy_of(work)
-    views = [
-        augmented_view(Example("a", b""), image, work, policy, view, *copy)[0].tobytes()
-        for view in range(3)
-        for copy in ((), (0,), (1,), (2,))
-    ]
-    assert len(set(views)) == 9
-    assert views[0::4] == views[1::4]
-
-
 def test_one_transform_by_itself() -> None:
     task = Task(dataset="synthetic", size=96, channels=1, margin=0.15)
-    image = cv2.GaussianBlur(
-        np.random.default_rng(0).integers(0, 256, (140, 140), np.uint8), (0, 0), 3
-    )[..., None]
+    image = np.random.default_rng(0).integers(0, 256, (140, 140, 1), np.uint8)
     example = example_of(FACE + 20)
     plain = plain_view(example, image, task)
     for transform in DEFAULT.landmarks.policies["modern"]:
@@ -344,14 +333,13 @@ def test_every_policy_of_the_parameters_keeps_every_point(task: Any) -> None:
     settings, crop = DEFAULT.named(task), load_params(ROOT / "params.yaml").tasks.named(task)
     image = np.random.default_rng(0).integers(0, 256, (140, 140, crop.channels), np.uint8)
     for name in settings.policies:
-        work = Recipe(task, crop, settings.model_copy(update={"policy": name}), seed=1)
+        work = Recipe(task, crop, settings.model_copy(update={"policy": name, "views": 20}), seed=1)
         policy = Recording(policy_of(work))
-        for view in range(20):
-            result, _, visible = augmented_view(example_of(FACE + 20), image, work, policy, view)
+        for result, _, visible in augmented_views(example_of(FACES[68] + 20), image, work, policy):
             assert result.shape == (crop.size, crop.size, crop.channels)
             assert result.dtype == np.uint8
-            assert visible.sum() >= 10
-        assert len(policy.given) == 20 * (15 + 3)
+            assert visible.sum() >= (40 if task == "landmarks" else 0)
+        assert len(policy.given) == (20 * (68 + 3) if task == "landmarks" else 0)
 
 
 @pytest.mark.parametrize("channels", [1, 3])
