@@ -14,6 +14,7 @@ import argparse
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from functools import partial
 from itertools import chain, islice
@@ -172,31 +173,28 @@ def measure_all(
         address,
     )
     frames = []
-    with (
-        (scratch / "small").open("wb") as small,
-        (scratch / "faces").open("wb") as faces,
-        tqdm(total=total, desc="measuring", unit=" examples") as progress,
-    ):
+    sides = {"coarse": duplicates.COARSE_SIDE, "sharp": duplicates.SIDE, "faces": FACE_SIDE}
+    with ExitStack() as stack:
+        files = {name: stack.enter_context((scratch / name).open("wb")) for name in sides}
+        progress = stack.enter_context(tqdm(total=total, desc="measuring", unit=" examples"))
         for result in results:
             frames.append(result.rows.set_index(result.rows["digest"].rename(None)))
-            small.write(result.small.tobytes())
-            faces.write(result.faces.tobytes())
-            progress.update(len(result.small))
+            for name, file in files.items():
+                file.write(getattr(result, name).tobytes())
+            progress.update(len(result.faces))
     if not ids:
         raise GrimaceError("there is no example to filter: check the archive")
     if len(set(ids)) < len(ids):
         raise GrimaceError("ids are not unique; fetch the dataset anew")
-    shape = (len(ids), duplicates.SIDE, duplicates.SIDE)
-    face_shape = (len(ids), FACE_SIDE, FACE_SIDE)
-    kept = Kept(
-        np.memmap(scratch / "small", np.uint8, "r", shape=shape),
-        np.memmap(scratch / "faces", np.uint8, "r", shape=face_shape),
-        landmarks,
-        visible,
-    )
+    pictures = {
+        name: np.memmap(scratch / name, np.uint8, "r", shape=(len(ids), side, side))
+        for name, side in sides.items()
+    }
     taken_over = known[known.index.isin(order)]
     rows = pd.concat([taken_over, *frames] if len(taken_over) else frames)
-    return rows.loc[order].reset_index(drop=True), kept
+    return rows.loc[order].reset_index(drop=True), Kept(
+        **pictures, landmarks=landmarks, visible=visible
+    )
 
 
 def _earlier_rows(path: Path) -> "pd.DataFrame":

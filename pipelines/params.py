@@ -170,11 +170,12 @@ class Blank(Check):
 
 
 class NearDuplicate(Check):
-    """Perceptual hashes (64 bits) differ in at most `distance` bits, and the pictures correlate.
+    """Perceptual hashes (64 bits) differ in at most `distance` bits, and the details correlate.
 
     Attributes:
         distance: Hamming distance that makes a pair worth comparing.
-        correlation: of their small versions, best over small shifts, from which they are copies.
+        correlation: of the details of their 32 × 32 versions, best over small shifts, from which
+            they are copies.
     """
 
     distance: Annotated[int, Field(ge=0, le=32)]

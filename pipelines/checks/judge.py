@@ -49,13 +49,15 @@ class Kept:
     """What is kept of n examples besides their measures, in the same order.
 
     Attributes:
-        small: uint8 (n, 32, 32), the whole pictures in grey.
+        coarse: uint8 (n, 8, 8), the whole pictures in grey.
+        sharp: uint8 (n, 32, 32), their details.
         faces: uint8 (n, S, S), the face crops in grey.
         landmarks: float (N, 2) each, pixels.
         visible: bool (N,) each.
     """
 
-    small: np.ndarray
+    coarse: np.ndarray
+    sharp: np.ndarray
     faces: np.ndarray
     landmarks: Sequence[np.ndarray]
     visible: Sequence[np.ndarray]
@@ -85,7 +87,7 @@ def judge(
     table = measures.reset_index(drop=True)
     findings = [*_unusable(table, checks), *_blank(table, checks)]
     sound = table[table["std"].notna() & ~table["id"].isin(_dropped(findings))]
-    copies, table["cluster"] = _copies(table, sound, kept.small, checks, workers)
+    copies, table["cluster"] = _copies(table, sound, kept, checks, workers)
     findings += copies
     findings += _no_face(table, checks)
     table["landmarks_implausible"] = _implausible(table, kept, checks)
@@ -145,7 +147,7 @@ def _blank(table: pd.DataFrame, checks: Checks) -> list[Finding]:
 
 
 def _copies(
-    table: pd.DataFrame, sound: pd.DataFrame, small: np.ndarray, checks: Checks, workers: int
+    table: pd.DataFrame, sound: pd.DataFrame, kept: Kept, checks: Checks, workers: int
 ) -> tuple[list[Finding], list[str]]:
     """Find copies and near copies among the sound pictures; name their clusters, row by row."""
     rank = sound["official_split"].map(PRIORITY)
@@ -168,7 +170,8 @@ def _copies(
         near = duplicates.near_copies(
             distinct["hash"].to_numpy(),
             distinct["mirror_hash"].to_numpy(),
-            small,
+            kept.coarse,
+            kept.sharp,
             rows,
             rule.distance,
             rule.correlation,

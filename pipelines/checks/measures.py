@@ -83,12 +83,16 @@ class Measured:
 
     Attributes:
         rows: one row of measures for each example that was to be measured.
-        small: uint8 (n, 32, 32), the whole pictures in grey, 0 where there is none.
-        faces: uint8 (n, 48, 48), the face crops in grey, 0 where there is none.
+        coarse: uint8 (n, 8, 8), the whole pictures in grey.
+        sharp: uint8 (n, 32, 32), their details.
+        faces: uint8 (n, 48, 48), the face crops in grey, of those that have an emotion.
+
+    All pictures are 0 where there is none.
     """
 
     rows: "pd.DataFrame"
-    small: np.ndarray
+    coarse: np.ndarray
+    sharp: np.ndarray
     faces: np.ndarray
 
 
@@ -123,8 +127,9 @@ def measure(chunk: Sequence[tuple[Example, str, bool]], detectors: tuple[str, ..
 
     cv2.setNumThreads(1)
     rows: list[dict[str, Any]] = []
-    small = np.zeros((len(chunk), duplicates.SIDE, duplicates.SIDE), np.uint8)
-    heads = np.zeros((len(chunk), FACE_SIDE, FACE_SIDE), np.uint8)
+    coarse = np.zeros((len(chunk), duplicates.COARSE_SIDE, duplicates.COARSE_SIDE), np.uint8)
+    sharp = np.zeros((len(chunk), duplicates.SIDE, duplicates.SIDE), np.uint8)
+    faces = np.zeros((len(chunk), FACE_SIDE, FACE_SIDE), np.uint8)
     for index, (example, key, known) in enumerate(chunk):
         row = _labels(example) | {"digest": key}
         if not example.defect:
@@ -134,15 +139,17 @@ def measure(chunk: Sequence[tuple[Example, str, bool]], detectors: tuple[str, ..
                 row["unreadable"] = str(error)
             else:
                 grey = cv2.cvtColor(rgb, cv2.COLOR_RGB2GRAY)
-                small[index] = duplicates.small_version(grey)
+                small = duplicates.small_version(grey)
+                coarse[index] = duplicates.coarse_version(small)
+                sharp[index] = duplicates.details(small)
                 if example.emotion >= 0:
                     box = face_box(example, grey.shape, FACE_MARGIN)
-                    heads[index] = crop(grey, box, FACE_SIDE)[..., 0]
+                    faces[index] = crop(grey, box, FACE_SIDE)[..., 0]
                 if not known:
-                    row |= _measures(example, rgb, small[index], detectors)
+                    row |= _measures(example, rgb, small, detectors)
         if not known:
             rows.append(row)
-    return Measured(_frame(rows, detectors), small, heads)
+    return Measured(_frame(rows, detectors), coarse, sharp, faces)
 
 
 def _labels(example: Example) -> dict[str, Any]:

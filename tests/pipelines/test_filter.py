@@ -79,7 +79,8 @@ def test_one_row_an_example_in_their_order(measured) -> None:
     assert table["landmarks_visible"][0] == "".join("01"[int(v)] for v in examples[0].visible)
     assert (table["width"][0], table["height"][0]) == (128, 128)
     assert [points.shape for points in kept.landmarks] == [(68, 2), (0, 2), (68, 2), (68, 2)]
-    assert kept.small.any(axis=(1, 2)).tolist() == [True, False, False, True]
+    assert kept.coarse.any(axis=(1, 2)).tolist() == [True, False, False, True]
+    assert kept.sharp.any(axis=(1, 2)).tolist() == [True, False, False, True]
     assert kept.faces.any(axis=(1, 2)).tolist() == [True, False, False, True]
 
 
@@ -129,12 +130,13 @@ def test_what_the_seeds_would_have_kept_does_not_depend_on_the_detectors(measure
 def test_processes_make_no_difference(measured, monkeypatch: pytest.MonkeyPatch) -> None:
     examples = [*faces(11), Example("bad", b"")]
     alone, kept = measured(examples)
-    kept_small, kept_faces = np.array(kept.small), np.array(kept.faces)
+    names = ("coarse", "sharp", "faces")
+    pictures = {name: np.array(getattr(kept, name)) for name in names}
     monkeypatch.setattr(stage, "CHUNK", 5)
     together, kept_too = measured(examples, workers=2)
     pd.testing.assert_frame_equal(alone, together)
-    assert np.array_equal(kept_small, kept_too.small)
-    assert np.array_equal(kept_faces, kept_too.faces)
+    for name in names:
+        assert np.array_equal(pictures[name], getattr(kept_too, name))
 
 
 def test_a_worker_loads_no_tensorflow_and_no_tfds() -> None:
@@ -181,7 +183,7 @@ def taken_over(table: pd.DataFrame) -> list[bool]:
 def test_only_new_examples_are_measured(measured, marked: Path) -> None:
     table, kept = measured([faces(6)[5], *faces(4), faces(6)[4]], marked)
     assert taken_over(table) == [False, True, True, True, True, False]
-    assert kept.small.any(axis=(1, 2)).all()
+    assert kept.sharp.any(axis=(1, 2)).all()
 
 
 def test_what_left_the_source_leaves_the_table(measured, marked: Path) -> None:
