@@ -98,11 +98,12 @@ def _blazeface(rgb: np.ndarray) -> int:
     height, width = rgb.shape[:2]
     side = round(max(height, width) * (1 + 2 * BORDER))
     top, left = (side - height) // 2, (side - width) // 2
+    # Mirrored pixels, because a plain border makes any square look like a face.
     framed = cv2.copyMakeBorder(
         rgb, top, side - height - top, left, side - width - left, cv2.BORDER_REFLECT_101
     )
     boxes, logits = _blazeface_network()(framed)
-    # A mirror image in the border is not another face.
+    # What is seen in the border is a mirror image, not another face.
     x, y = (boxes[:, :2] + boxes[:, 2:] / 2).T * side
     inside = (x > left) & (x < left + width) & (y > top) & (y < top + height)
     boxes, logits = boxes[inside], logits[inside]

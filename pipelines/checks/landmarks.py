@@ -192,7 +192,7 @@ def _disorder(points: np.ndarray, visible: np.ndarray) -> tuple[bool, bool]:
         return False, False
     # The outline is left out: where it is wrong, it would outweigh all else.
     inner = np.intersect1d(SCHEMES[len(points)].inner, np.flatnonzero(visible))
-    if len(inner) < FEWEST_POINTS:
+    if len(inner) < FEWEST_POINTS or np.ptp(points[inner], axis=0).max() < 1:
         return False, False
     # The orthogonal map of the template that fits best (Schönemann 1966).
     there = points[inner] - points[inner].mean(axis=0)
