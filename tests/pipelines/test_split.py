@@ -454,11 +454,13 @@ def test_the_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> N
 
 def found_by_filter(faces: list[Example]) -> list[Example]:
     """What the copy checks of `filter` leave, with clusters; every other check is off."""
-    rows, small = [], np.zeros((len(faces), 32, 32), np.uint8)
-    for number, face in enumerate(faces):
+    rows, coarse, sharp = [], [], []
+    for face in faces:
         rgb = decode(face.image, 3)
-        small[number] = duplicates.small_version(cv2.cvtColor(rgb, cv2.COLOR_RGB2GRAY))
-        hash, mirrored = duplicates.perceptual_hashes(small[number])
+        small = duplicates.small_version(cv2.cvtColor(rgb, cv2.COLOR_RGB2GRAY))
+        coarse.append(duplicates.coarse_version(small))
+        sharp.append(duplicates.details(small))
+        hash, mirrored = duplicates.perceptual_hashes(small)
         rows.append(
             {
                 "id": face.id,
@@ -481,7 +483,8 @@ def found_by_filter(faces: list[Example]) -> list[Example]:
     texts = {"defect": "", "unreadable": ""}
     measures = pd.DataFrame(rows).assign(**texts).reindex(columns=[*MEASURES, "haar", "blazeface"])
     kept = Kept(
-        small,
+        np.stack(coarse),
+        np.stack(sharp),
         np.zeros((len(faces), 48, 48), np.uint8),
         [face.landmarks for face in faces],
         [face.visible for face in faces],
