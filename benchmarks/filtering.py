@@ -208,8 +208,7 @@ def _refuse_other_settings(folder: Path, settings: dict[str, Any]) -> None:
     if path.exists() and json.loads(path.read_text()) != settings:
         raise GrimaceError(
             f"{folder} was prepared with other parameters than params.yaml and the command line "
-            "give now, and arms must not differ in more than their filter: restore those in "
-            f"{path}, or name another folder with --work"
+            f"give now: restore those in {path}, or remove the folder to prepare it anew"
         )
     folder.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(settings, indent=2) + "\n")
@@ -355,8 +354,9 @@ def compare(work: Path, seeds: list[int], settings: Evaluate) -> dict[str, Any]:
         settings: number of bootstrap resamples, and their seed.
 
     Returns:
-        Ready for JSON: `faces` (test faces by column), `arms` and `differences` (accuracies, as
-        fractions, with 95 % intervals by column), `runs`.
+        Ready for JSON: `faces` (test faces by column), `copied` (those of them with a copy in an
+        arm's training data), `arms` and `differences` (accuracies, as fractions, with 95 %
+        intervals by column), `runs`, and `audit`, the counts of the audited arm.
     """
     answers = {
         (arm, s): np.load(_run(work, arm, s).with_suffix(".npz")) for arm in ARMS for s in seeds
@@ -371,9 +371,12 @@ def compare(work: Path, seeds: list[int], settings: Evaluate) -> dict[str, Any]:
         for arm in ARMS
     }
     clusters = pd.read_parquet(work / "audited" / AUDIT).set_index("id")["cluster"]
-    index = pd.read_parquet(work / "unfiltered" / INDEX)
-    groups, copied = copies(ids, index.loc[index["split"] == "train", "id"], clusters)
-    columns = {"all": np.full(len(ids), True), "without_copies": ~copied}
+    groups = groups_of(ids, clusters)
+    copied = {
+        arm: np.isin(groups, groups_of(np.load(work / arm / "shards/train/ids.npy"), clusters))
+        for arm in ARMS
+    }
+    columns = {"all": np.full(len(ids), True), "without_copies": ~copied["unfiltered"]}
 
     def estimates(values: np.ndarray) -> dict[str, Any]:
         return {
@@ -388,6 +391,7 @@ def compare(work: Path, seeds: list[int], settings: Evaluate) -> dict[str, Any]:
     return {
         "command": " ".join(["python -m benchmarks.filtering", *sys.argv[1:]]),
         "faces": {name: int(rows.sum()) for name, rows in columns.items()},
+        "copied": {arm: int(rows.sum()) for arm, rows in copied.items()},
         "arms": {arm: estimates(right[arm]) for arm in ARMS},
         "differences": {f"{a} - {b}": estimates(right[a] - right[b]) for a, b in PAIRS},
         "runs": runs,
@@ -395,23 +399,18 @@ def compare(work: Path, seeds: list[int], settings: Evaluate) -> dict[str, Any]:
     }
 
 
-def copies(
-    ids: np.ndarray, trained_on: pd.Series, clusters: pd.Series
-) -> tuple[np.ndarray, np.ndarray]:
-    """Tell which test faces have an exact or near copy among the training images.
+def groups_of(ids: np.ndarray, clusters: pd.Series) -> np.ndarray:
+    """Name the picture behind each id, the same for all its exact and near copies.
 
     Args:
-        ids: of the n test faces.
-        trained_on: ids of the training images.
+        ids: unicode (n,).
         clusters: by id, the audit's name for all copies of one picture, "" where there is one.
 
     Returns:
-        (n,) unicode, the cluster or else the id: copies are no independent evidence; and
-        bool (n,), whether the face has a copy.
+        unicode (n,): the cluster, or else the id.
     """
-    of_test = clusters.reindex(ids).fillna("").to_numpy(str)
-    of_training = set(clusters.reindex(trained_on).dropna()) - {""}
-    return np.where(of_test == "", ids, of_test), np.isin(of_test, list(of_training))
+    named = clusters.reindex(ids).fillna("").to_numpy(str)
+    return np.where(named == "", ids, named)
 
 
 def estimate(values: np.ndarray, groups: np.ndarray, settings: Evaluate) -> dict[str, Any]:
@@ -452,9 +451,10 @@ def publish(results: dict[str, Any], out: Path) -> None:
     arms = []
     for arm, figures in results["arms"].items():
         own = [row for row in runs if row["arm"] == arm]
-        cost = f"{own[0]['training_images']:,}", f"{own[0]['steps']:,} ({own[0]['epochs']})"
+        data = f"{own[0]['training_images']:,}", str(results["copied"][arm])
+        steps = f"{own[0]['steps']:,} ({own[0]['epochs']})"
         val = f"{np.mean([row['val_accuracy'] for row in own]):.2%}"
-        arms.append((arm, *cost, val, *(_percent(figures[name]) for name in faces)))
+        arms.append((arm, *data, steps, val, *(_percent(figures[name]) for name in faces)))
     differences = [
         (pair.replace("-", "−"), *(_points(figures[name]) for name in faces))
         for pair, figures in results["differences"].items()
@@ -469,7 +469,14 @@ def publish(results: dict[str, Any], out: Path) -> None:
         )
         for row in runs
     ]
-    arm_columns = ("training data", "images", "steps (epochs)", "validation", *columns)
+    arm_columns = (
+        "training data",
+        "images",
+        "test faces copied there",
+        "steps (epochs)",
+        "validation",
+        *columns,
+    )
     each_columns = ("training data", "seed", "best epoch", "validation", *columns, "training time")
     (out / "README.md").write_text(
         "# Does filtering pay?\n\n"
@@ -481,10 +488,11 @@ def publish(results: dict[str, Any], out: Path) -> None:
         f"{markdown(differences, ('training data', *columns))}\n"
         "![accuracy](accuracy.png)\n\n"
         "## How to read it\n\n"
-        f"- The last column is the honest one. {faces['all'] - faces['without_copies']:,} of the "
+        f"- The last column is the honest one. {results['copied']['unfiltered']:,} of the "
         f"{faces['all']:,} test faces have an exact or near copy (by the audit's clusters) in the "
-        "unfiltered training data: a network trained on it has seen them, with their label. The "
-        "audit takes such copies out of training, the cascade leaves those it likes.\n"
+        "unfiltered training data: a network trained on it has seen them, mostly with their "
+        f"label. The cascade leaves {results['copied']['cascade']:,} of them in training, the "
+        f"audit {results['copied']['audited']:,}.\n"
         "- *unfiltered*: everything that can be decoded and has a label. *cascade*: of that, the "
         "training images in which OpenCV's frontal Haar cascade finds a face. *audited*: what "
         "`filter` and `split` leave with the project's params.yaml.\n"
