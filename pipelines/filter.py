@@ -96,6 +96,8 @@ def _arguments() -> argparse.Namespace:
     args = parser.parse_args()
     if (args.archive is None) != (args.out is None):
         parser.error("--archive and --out go together")
+    if args.workers is not None and args.workers < 0:
+        parser.error("--workers must be 0 (every core) or more")
     return args
 
 

@@ -7,9 +7,6 @@ dimensions; `implausible` compares each shape with all others of its dataset.
 from collections.abc import Iterable
 
 import numpy as np
-from sklearn.covariance import ledoit_wolf
-from sklearn.model_selection import KFold
-from threadpoolctl import threadpool_limits
 
 from models.schemes import IBUG_68, KAGGLE_15, SCHEMES
 from pipelines.datasets.example import Example
@@ -172,6 +169,8 @@ def implausible(landmarks: np.ndarray, visible: np.ndarray) -> np.ndarray:
         float (n,): Mahalanobis distance from the mean shape, as robust standard deviations above
         the median one. 0 where a shape has too few points, or there are too few like it to judge.
     """
+    from threadpoolctl import threadpool_limits
+
     scores = np.zeros(len(landmarks))
     patterns, which = np.unique(visible, axis=0, return_inverse=True)
     for number, pattern in enumerate(patterns):
@@ -229,6 +228,10 @@ def _yaw(points: np.ndarray, visible: np.ndarray) -> float:
 
 def _distances(shapes: np.ndarray) -> np.ndarray:
     """Mahalanobis distances (n,) of shapes (n, K, 2), each in a model of the others."""
+    # Imported here: it takes seconds, which the workers that only measure need not spend.
+    from sklearn.covariance import ledoit_wolf
+    from sklearn.model_selection import KFold
+
     aligned = _aligned(shapes)
     rows = np.hstack([aligned.real, aligned.imag])
     distances = np.linalg.norm(rows - np.median(rows, axis=0), axis=1)
