@@ -31,6 +31,7 @@ def workspace(tmp_path_factory):
             shutil.copy(ROOT / name, folder / name)
     params = yaml.safe_load((ROOT / "params.yaml").read_text())
     params["download"]["synthetic"]["count"] = 210
+    params["filter"]["overrides"] = {}  # FER-2013's own trains networks
     del params["train"]["jobs"]["landmarks-residual"]
     for task in ("emotion", "landmarks"):
         params["augment"][task]["views"] = 2
@@ -125,13 +126,13 @@ def test_training_and_verification_meet_in_one_mlflow_run(workspace, first_run):
 def test_a_bad_parameter_stops_before_any_work(workspace, first_run):
     path = workspace / "params.yaml"
     good = path.read_text()
-    path.write_text(good.replace("blank_std:", "blank_sdt:"))
+    path.write_text(good.replace("std: 2.0", "sdt: 2.0"))
     try:
         result = dvc(workspace, "repro")
     finally:
         path.write_text(good)
     assert result.returncode != 0
-    assert "filter.blank_sdt: unknown key (did you mean 'blank_std'?)" in result.stderr
+    assert "filter.checks.blank.sdt: unknown key (did you mean 'std'?)" in result.stderr
     assert "Traceback" not in result.stderr
     assert result.stdout.count("Running stage") == 1  # `params` itself
 
@@ -158,7 +159,7 @@ def test_real_data_by_one_switch(workspace, first_run, tmp_path):
     assert meta["dataset"] == "fer2013"
     assert meta["counts"] == {"train": 70, "val": 70}
     findings = pd.read_csv(workspace / "reports/filter/fer2013/findings.csv")
-    assert list(findings["check"]) == ["unreadable"]
+    assert list(findings.loc[findings["action"] == "drop", "check"]) == ["unreadable"]
     index = pd.read_parquet(workspace / "data/split/ytf_keypoints/index.parquet")
     assert index.groupby("group")["split"].nunique().max() == 1
     assert index["group"].nunique() == 42
