@@ -184,8 +184,10 @@ def _open_zip(path: Path, size: int) -> Archive:
 
 
 def _of_zip(path: Path, zipped: ZipFile) -> Archive:
-    files = [member.filename for member in zipped.infolist() if not member.is_dir()]
-    return Archive(path, _shown(files), zipped.open)
+    # Some packers write "./train/1.jpg", some of Windows "train\\1.jpg".
+    named = ((member.filename.replace("\\", "/"), member) for member in zipped.infolist())
+    files = {str(PurePosixPath(name)): member for name, member in named if not name.endswith("/")}
+    return Archive(path, _shown([*files]), lambda name: zipped.open(files[name]))
 
 
 def _shown(names: list[str]) -> list[str]:

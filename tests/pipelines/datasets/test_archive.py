@@ -34,6 +34,13 @@ def test_zip_and_folder_read_alike(tmp_path: Path) -> None:
         assert archive.read("top/b.txt") == (b"bee", "")
 
 
+def test_zips_of_other_packers_name_their_files_alike(tmp_path: Path) -> None:
+    members = {"./": b"", "./a/b.txt": b"bee", "a\\c.txt": b"sea", "empty\\": b"", "./.hidden": b""}
+    archive = open_archive(make_zip(tmp_path / "data.zip", members))
+    assert archive.names() == ["a/b.txt", "a/c.txt"]
+    assert [archive.read(name) for name in archive.names()] == [(b"bee", ""), (b"sea", "")]
+
+
 def test_single_csv_is_an_archive_of_itself(tmp_path: Path) -> None:
     path = tmp_path / "table.csv"
     path.write_bytes(b"\xef\xbb\xbfname,value\r\na,1\r\n\r\nb,\xff\r\n")
