@@ -30,7 +30,8 @@ def examples(archive: Archive) -> Iterator[Example]:
 
     The folder layout is preferred where both are present, as they hold the same pictures. Its
     images are passed on as found; those of the CSV are encoded as PNG, which loses nothing. What
-    cannot be used (an unknown class, a bad row, a damaged file) is yielded with its `defect`.
+    cannot be used (an unknown class or part, a bad row, a damaged file) is yielded with its
+    `defect`.
 
     The official split follows the file name's prefix (Training, PublicTest, PrivateTest). Where
     a repackaged archive lost the prefixes, PublicTest can no longer be told from PrivateTest, so
@@ -51,19 +52,23 @@ def examples(archive: Archive) -> Iterator[Example]:
 def _from_folders(archive: Archive) -> Iterator[Example]:
     names = set(archive.names())
     for name in archive.names():
-        if not _is_in_class_folder(name) or _is_second_copy(name, names):
-            continue
         path = PurePosixPath(name)
-        part, label = path.parts[-3].lower(), path.parts[-2]
+        *_, part, label, _ = ("", "", *path.parts)
+        part, emotion = part.lower(), _emotion(label)
+        if (part not in _PARTS and emotion < 0) or _is_second_copy(name, names):
+            continue
         image, defect = archive.read(name)
-        official = _SPLITS.get(path.stem.split("_")[0])
-        emotion = _emotion(label)
+        official = _SPLITS.get(path.stem.split("_")[0], "")
+        if emotion < 0:
+            defect = _unknown_class(label)
+        elif part not in _PARTS:  # a "val" of somebody's own making, say
+            defect = f"its class folder is in none of {', '.join(_PARTS)}"
         yield Example(
             id=path.stem if official else f"{part}-{label.lower()}-{path.stem}",
             image=image,
             emotion=emotion,
-            official_split=official or _PARTS[part],
-            defect=_unknown_class(label) if emotion < 0 else defect,
+            official_split=official or _PARTS.get(part, ""),
+            defect=defect,
         )
 
 

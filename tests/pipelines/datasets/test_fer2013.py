@@ -111,6 +111,17 @@ def test_unknown_class_folder_is_quarantined_with_a_hint(tmp_path: Path) -> None
     assert found["Training_2"].emotion == -1
 
 
+def test_pictures_of_an_unknown_part_are_quarantined_rather_than_lost(tmp_path: Path) -> None:
+    members = {"train/happy/1.jpg": b"1", "val/happy/1.jpg": b"2", "sad/PublicTest_3.jpg": b"3"}
+    found = read_folders(tmp_path, members)
+    defect = "its class folder is in none of train, test, validation"
+    assert {row.image: (row.official_split, row.defect) for row in found.values()} == {
+        b"1": ("train", ""),
+        b"2": ("", defect),
+        b"3": ("val", defect),
+    }
+
+
 def test_damaged_image_is_quarantined(tmp_path: Path) -> None:
     read_folders(tmp_path, {"train/happy/Training_1.jpg": b"picture"})
     path = tmp_path / "fer2013.zip"
@@ -153,6 +164,7 @@ def test_csv_rows_keep_label_split_and_every_pixel(tmp_path: Path) -> None:
         (f"0,{pixels()},Elsewhere", "unknown Usage 'Elsewhere'"),
         (f"0,{pixels()}", "row has 2 cells instead of 3"),
     ],
+    ids=lambda text: text[:40],
 )
 def test_bad_row_is_quarantined_and_the_next_one_read(
     tmp_path: Path, row: str, defect: str
