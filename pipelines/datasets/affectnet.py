@@ -8,6 +8,7 @@ from pathlib import PurePosixPath
 import numpy as np
 
 from models.schemes import EMOTIONS, IBUG_68
+from pipelines.cli import GrimaceError
 from pipelines.datasets.archive import Archive
 from pipelines.datasets.cells import no_points, parse_points
 from pipelines.datasets.example import Affect, Box, Example
@@ -48,6 +49,7 @@ _COLUMNS = (
     "arousal",
 )
 _NOT_APPLICABLE = -2.0
+_NO_IMAGE = "its image is not in the archive"
 
 
 def recognises(archive: Archive) -> bool:
@@ -56,7 +58,7 @@ def recognises(archive: Archive) -> bool:
 
 
 def examples(archive: Archive) -> Iterator[Example]:
-    """Yield every row of the lists, or every picture of the smaller packing.
+    """Yield every row of the lists, or every picture and annotation of the smaller packing.
 
     `label` is the source's word. `emotion` is one of the seven, or -1 for contempt, none and
     uncertain; what annotators saw no face in is yielded with that `defect`, as are rows that
@@ -67,9 +69,17 @@ def examples(archive: Archive) -> Iterator[Example]:
     Args:
         archive: either packing, at any depth, with one of the two sets or both. Lists are read as
             a stream; of pictures, only those that a list names.
+
+    Raises:
+        GrimaceError: one list has the columns and the other has not.
     """
     lists = _lists(archive)
     if lists:
+        if others := [name for name in _named_lists(archive) if name not in lists]:
+            raise GrimaceError(
+                f"{archive.path}: {others[0]} lacks columns that {lists[0]} has; its first row "
+                f"must name {', '.join(_COLUMNS)}: add them, or take the file out"
+            )
         images = _images(archive)
         for name in lists:
             yield from _from_list(archive, name, images)
@@ -99,7 +109,7 @@ def _from_row(
 ) -> Example:
     path = PurePosixPath(row["subdirectory_filepath"])
     member = images.get(_key(path), "")
-    image, damage = archive.read(member) if member else (b"", "its image is not in the archive")
+    image, damage = archive.read(member) if member else (b"", _NO_IMAGE)
     emotion, label, bad_label = _expression(row["expression"])
     affect, bad_affect = _affect(row["valence"], row["arousal"])
     box, bad_box = _box([row[name] for name in _COLUMNS[1:5]])
@@ -122,21 +132,25 @@ def _from_row(
 
 def _from_annotations(archive: Archive) -> Iterator[Example]:
     names = set(archive.names())
+    pictures: dict[tuple[str, str], str] = {}  # by set and number, "" where there is none
     for name in archive.names():
         path = PurePosixPath(name)
-        if path.parent.name != "images" or path.parent.parent.name not in _SETS:
-            continue
-        part, annotations = path.parent.parent.name, path.parent.parent / "annotations"
+        if _is_annotation(name):
+            pictures.setdefault((str(path.parents[1]), path.stem.removesuffix("_exp")), "")
+        elif path.parent.name == "images" and path.parent.parent.name in _SETS:
+            pictures[str(path.parents[1]), path.stem] = name
+    for (folder, stem), picture in sorted(pictures.items()):
+        part = PurePosixPath(folder).name
         values = {
-            key: _load(archive, f"{annotations}/{path.stem}_{key}.npy", names)
+            key: _load(archive, f"{folder}/annotations/{stem}_{key}.npy", names)
             for key in ("exp", "val", "aro", "lnd")
         }
-        image, damage = archive.read(name)
+        image, damage = archive.read(picture) if picture else (b"", _NO_IMAGE)
         emotion, label, bad_label = _expression(values["exp"])
         affect, bad_affect = _affect(values["val"], values["aro"])
         landmarks, visible, bad_points = _points(values["lnd"])
         yield Example(
-            id=f"affectnet-{part.removesuffix('_set')}-{path.stem}",
+            id=f"affectnet-{part.removesuffix('_set')}-{stem}",
             image=image,
             emotion=emotion,
             label=label,
@@ -150,8 +164,15 @@ def _from_annotations(archive: Archive) -> Iterator[Example]:
 
 def _lists(archive: Archive) -> list[str]:
     """Names of the lists of the full packing; another dataset's training.csv is none."""
-    named = [name for name in archive.names() if PurePosixPath(name).name.lower() in _LISTS]
-    return [name for name in named if {*_COLUMNS} <= {*_header(next(archive.read_csv(name), []))}]
+    return [
+        name
+        for name in _named_lists(archive)
+        if {*_COLUMNS} <= {*_header(next(archive.read_csv(name), []))}
+    ]
+
+
+def _named_lists(archive: Archive) -> list[str]:
+    return [name for name in archive.names() if PurePosixPath(name).name.lower() in _LISTS]
 
 
 def _is_annotation(name: str) -> bool:

@@ -212,6 +212,24 @@ def test_smaller_packing_with_numbers_for_texts_and_parts_missing(tmp_path: Path
     assert three.defect == "expression 'unreadable' is not one of 0-10"
 
 
+def test_smaller_packing_with_labels_whose_picture_is_lost(tmp_path: Path) -> None:
+    members = smaller_packing()
+    del members["val_set/images/5.jpg"]
+    whole, lost = read(tmp_path, members)
+    assert (whole.id, whole.defect) == ("affectnet-train-5", "")
+    assert (lost.id, lost.label, lost.official_split) == ("affectnet-val-5", "anger", "test")
+    assert lost.defect == "its image is not in the archive"
+
+
+def test_list_without_its_header_is_not_passed_over(tmp_path: Path) -> None:
+    lists: dict[str, bytes | str] = {
+        "training.csv": f"{COLUMNS}\n{row(0)}\n",
+        "validation.csv": f"{row(1)}\n",
+    }
+    with pytest.raises(GrimaceError, match=r"validation\.csv lacks columns that training\.csv has"):
+        read(tmp_path, lists)
+
+
 def test_another_training_csv_is_not_taken_for_it(tmp_path: Path) -> None:
     path = pack(tmp_path, {"training.csv": "left_eye_center_x,Image\n1,2\n"})
     with pytest.raises(GrimaceError, match="does not hold affectnet: expected training"):
