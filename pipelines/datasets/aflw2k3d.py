@@ -7,7 +7,7 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from pipelines.datasets.archive import Archive
-from pipelines.datasets.catalogue import parse, read_labels
+from pipelines.datasets.catalogue import parse, read_member
 from pipelines.datasets.example import Example, Pose
 from pipelines.datasets.the300w_lp import pixels, pose
 
@@ -23,21 +23,25 @@ def examples(archive: Archive) -> Iterator[Example]:
     """Yield every face with its 68 landmarks (`pt3d_68`: hidden ones too), all visible, and pose.
 
     The conventions are 300W-LP's. `official_split` is "test" for all. Pictures without readable
-    labels are yielded with their `defect`.
+    labels, and labels without their picture, are yielded with their `defect`.
 
     Args:
         archive: `AFLW2000/` as published, at any depth.
     """
     names = set(archive.names())
-    for picture in map(PurePosixPath, archive.names()):
-        if fnmatch(picture.name, "image0*.jpg"):
-            yield _example(archive, names, picture)
+    of_faces = (path for path in map(PurePosixPath, archive.names()) if _is_of_a_face(path))
+    for picture in dict.fromkeys(path.with_suffix(".jpg") for path in of_faces):
+        yield _example(archive, names, picture)
+
+
+def _is_of_a_face(path: PurePosixPath) -> bool:
+    return fnmatch(path.name, "image0*") and path.suffix in (".jpg", ".mat")
 
 
 def _example(archive: Archive, names: set[str], picture: PurePosixPath) -> Example:
     id = picture.stem
-    image, damage = archive.read(str(picture))
-    labels, no_labels = read_labels(archive, names, picture.with_suffix(".mat"))
+    image, damage = read_member(archive, names, picture)
+    labels, no_labels = read_member(archive, names, picture.with_suffix(".mat"))
     defect = damage or no_labels
     features: dict[str, Any] = {}
     if not defect:

@@ -42,13 +42,15 @@ def fetch_listed(name: str, target: Path, page: str) -> None:
         )
 
 
-def read_labels(archive: Archive, names: set[str], member: PurePosixPath) -> tuple[bytes, str]:
-    """Read a .mat file of the archive, whose `names()` are given as a set.
+def read_member(archive: Archive, names: set[str], member: PurePosixPath) -> tuple[bytes, str]:
+    """Read a picture or .mat file of the archive, whose `names()` are given as a set.
 
     Returns:
         Its bytes and "", or b"" and what is wrong with it.
     """
     if str(member) not in names:
+        if member.suffix != ".mat":
+            return b"", "its image is not in the archive"
         kind = "_pts.mat" if member.stem.endswith("_pts") else ".mat"
         return b"", f"its {kind} file is missing"
     return archive.read(str(member))

@@ -15,7 +15,7 @@ import numpy as np
 from models.schemes import IBUG_68
 from pipelines.datasets import cells
 from pipelines.datasets.archive import Archive
-from pipelines.datasets.catalogue import parse, read_labels
+from pipelines.datasets.catalogue import parse, read_member
 from pipelines.datasets.example import Example, Pose
 
 COLLECTIONS = ("AFW", "HELEN", "IBUG", "LFPW")
@@ -38,15 +38,16 @@ def examples(archive: Archive) -> Iterator[Example]:
     `id` is the file's name, which begins with the collection and holds no person's name. `person`
     is the photograph: its faces (they can show each other) and all views turned from them share it.
     The mirrored copies in `*_Flip` are left out, as the catalogue does; `augment` mirrors.
-    Pictures without readable labels are yielded with their `defect`.
+    Pictures without readable labels, and labels without their picture, are yielded with their
+    `defect`.
 
     Args:
         archive: `300W_LP/` as published, at any depth.
     """
     names = set(archive.names())
-    for picture in map(PurePosixPath, archive.names()):
-        if picture.parent.name in COLLECTIONS and picture.suffix == ".jpg":
-            yield _example(archive, names, picture)
+    of_faces = (path for path in map(PurePosixPath, archive.names()) if _is_of_a_face(path))
+    for picture in dict.fromkeys(path.with_suffix(".jpg") for path in of_faces):
+        yield _example(archive, names, picture)
 
 
 def pixels(parsed: np.ndarray) -> tuple[np.ndarray, np.ndarray, str]:
@@ -88,13 +89,18 @@ def pose(parameters: np.ndarray) -> Pose | None:
     return Pose(pitch, -yaw, roll)
 
 
+def _is_of_a_face(path: PurePosixPath) -> bool:
+    in_collection = path.parent.name in COLLECTIONS and path.suffix in (".jpg", ".mat")
+    return in_collection and path.parent.parent.name != "landmarks"
+
+
 def _example(archive: Archive, names: set[str], picture: PurePosixPath) -> Example:
     collection, id = picture.parent.name, picture.stem
     person = _photograph(collection, id)
     points_file = picture.parents[1] / "landmarks" / collection / f"{id}_pts.mat"
-    image, damage = archive.read(str(picture))
-    parameters, no_parameters = read_labels(archive, names, picture.with_suffix(".mat"))
-    points, no_points = read_labels(archive, names, points_file)
+    image, damage = read_member(archive, names, picture)
+    parameters, no_parameters = read_member(archive, names, picture.with_suffix(".mat"))
+    points, no_points = read_member(archive, names, points_file)
     defect = damage or no_parameters or no_points
     features: dict[str, Any] = {}
     if not defect:

@@ -76,6 +76,14 @@ def test_labels_that_are_missing_or_damaged(read, members, mat, fitted):
     assert defect(mat(**labels)) == "landmarks of shape (60, 2)"
 
 
+def test_labels_without_their_picture_are_quarantined(read, members):
+    files = members(2) | members(3)
+    del files["AFLW2000/image00002.jpg"]
+    lost, whole = read(files)
+    assert (lost.id, lost.defect) == ("image00002", "its image is not in the archive")
+    assert (lost.official_split, whole.defect) == ("test", "")
+
+
 def test_points_without_a_pose(read, members, mat, fitted):
     labels = fitted()
     del labels["Pose_Para"]
