@@ -131,8 +131,8 @@ def _from_row(
 
 def _from_file(archive: Archive, name: str) -> Example:
     if not _is_picture(name):
-        kind = PurePosixPath(name).suffix.lower() or "no extension"
-        return Example(_id(name), b"", defect=f"not a picture ({kind})")
+        # Its own ending is not repeated: of "Dr. Ann Lee" it is a name.
+        return Example(_id(name), b"", defect=f"not a picture: known are {', '.join(_PICTURES)}")
     label, bad_label = _label_of(name)
     image, damage = archive.read(name)
     return Example(
