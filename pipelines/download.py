@@ -71,17 +71,19 @@ def find_or_fetch(name: str, source: ArchiveSource) -> Archive:
     Raises:
         GrimaceError: no place has it, it is not an archive, or its download failed.
     """
-    named = os.environ.get("GRIMACE_ARCHIVES")
-    if named and not Path(named).is_dir():
-        raise GrimaceError(f"GRIMACE_ARCHIVES names {named}, which is not a folder; correct it")
-    places = [*([Path(named)] if named else []), ARCHIVES]
-    for place in places:
+    for place in places():
         if (place / source.archive).exists():
             return open_archive(place / source.archive)
     path = ARCHIVES / source.archive
     fetchers = _fetchers(source, path)
+    looked = " and ".join(str(place) for place in places())
+    if not fetchers and name == datasets.OWN:
+        raise GrimaceError(
+            f"{source.archive} is not in {looked}: put your pictures at {path}, or name their "
+            f"folder or zip file in params.yaml under download.{name}.archive; "
+            f"pipelines/datasets/{name}.md says how to arrange them"
+        )
     if not fetchers:
-        looked = " and ".join(str(place) for place in places)
         raise GrimaceError(
             f"{source.archive} is not in {looked}, and {name} cannot be fetched without a person: "
             f"{by_hand(source.page, path)}; the unpacked folder serves too, if "
@@ -93,6 +95,18 @@ def find_or_fetch(name: str, source: ArchiveSource) -> Archive:
     except GrimaceError:
         path.unlink()  # otherwise the next run would find it here rather than fetch it again
         raise
+
+
+def places() -> list[Path]:
+    """Folders in which archives are looked for, in this order.
+
+    Raises:
+        GrimaceError: GRIMACE_ARCHIVES names no folder.
+    """
+    named = os.environ.get("GRIMACE_ARCHIVES")
+    if named and not Path(named).is_dir():
+        raise GrimaceError(f"GRIMACE_ARCHIVES names {named}, which is not a folder; correct it")
+    return [*([Path(named)] if named else []), ARCHIVES]
 
 
 def check_sum(name: str, archive: Archive, source: ArchiveSource) -> dict[str, Any]:
@@ -204,7 +218,8 @@ def _store(name: str, examples: Iterable[Example], expected: int | None) -> dict
             if example.defect:
                 defects[example.defect] += 1
             else:
-                label = EMOTIONS[example.emotion] if example.emotion >= 0 else "unlabelled"
+                word = example.label or "unlabelled"
+                label = EMOTIONS[example.emotion] if example.emotion >= 0 else word
                 sound[example.official_split or "none", label] += 1
             people.add(example.person)
             yield example

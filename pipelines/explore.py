@@ -8,7 +8,6 @@ landmarks lie and which are missing together, what each augmentation does, and t
 import argparse
 import hashlib
 import heapq
-import os
 import shlex
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
@@ -30,7 +29,7 @@ from pipelines.crops import UnreadableImageError, crop, decode, face_box, to_cro
 from pipelines.datasets.archive import Archive, open_archive
 from pipelines.datasets.example import Example
 from pipelines.datasets.kaggle_keypoints import POINTS as KAGGLE_POINTS
-from pipelines.download import ARCHIVES
+from pipelines.download import places
 from pipelines.pages import Section, charts
 from pipelines.params import Params, TaskName, load_params
 from pipelines.split import class_of
@@ -94,7 +93,7 @@ def source(
         from pipelines.datasets import builder
 
         return builder.count(RAW / name), builder.read(RAW / name)
-    if name == datasets.GENERATED:
+    if archive is None and name == datasets.GENERATED:
         from pipelines.datasets import synthetic
 
         settings = params.download.synthetic  # any beginning of the sequence is a fair sample
@@ -105,13 +104,12 @@ def source(
 
 def _find(name: str, params: Params) -> Archive:
     file = getattr(params.download, name).archive
-    places = [Path(os.environ.get("GRIMACE_ARCHIVES") or ARCHIVES), ARCHIVES]
-    for place in places:
+    for place in places():
         if (place / file).exists():
             return open_archive(place / file)
     raise GrimaceError(
         f"{name} is neither in {RAW / name} nor, as {file}, in "
-        f"{' or '.join(dict.fromkeys(map(str, places)))}: run `uv run dvc repro download@{name}`, "
+        f"{' or '.join(map(str, places()))}: run `uv run dvc repro download@{name}`, "
         "or name its archive with --archive"
     )
 
@@ -176,7 +174,7 @@ class Mean:
 
 @dataclass
 class Seen:
-    """What one pass over a dataset leaves; none of it grows with the pictures.
+    """What one pass over a dataset leaves: a few words and numbers of each example, no pictures.
 
     Attributes:
         labels: a row each example: class, official_split, person, defect, visible ("1" or "0" a

@@ -21,6 +21,7 @@ if TYPE_CHECKING:  # `params` asks this module what a dataset serves
     from pipelines.params import TaskName
 
 GENERATED = "synthetic"
+OWN = "folder"
 # `folder` last: many an archive looks like class folders.
 FROM_ARCHIVES = (
     "fer2013",
@@ -29,7 +30,7 @@ FROM_ARCHIVES = (
     "affectnet",
     "the300w_lp",
     "aflw2k3d",
-    "folder",
+    OWN,
 )
 DATASETS = (GENERATED, *FROM_ARCHIVES)
 
@@ -75,10 +76,12 @@ def examples(name: str, archive: Archive) -> Iterator[Example]:
     """Read a dataset from its archive; every id comes once.
 
     Raises:
-        GrimaceError: there is no such dataset, or the archive holds something else; raised at
-            once, before the first example is asked for.
+        GrimaceError: there is no such dataset, it is drawn rather than read, or the archive holds
+            something else; raised at once, before the first example is asked for.
     """
     module = module_of(name)
+    if name == GENERATED:
+        raise GrimaceError(f"{name} is drawn here and has no archive: leave {archive.path} out")
     if not module.recognises(archive):
         others = [other for other in FROM_ARCHIVES if module_of(other).recognises(archive)]
         looks = f" This looks like {others[0]}." if others else ""

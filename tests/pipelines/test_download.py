@@ -101,6 +101,26 @@ def test_login_wall_is_answered_with_page_file_and_place() -> None:
         assert part in str(raised.value)
 
 
+def test_own_pictures_are_asked_for_rather_than_a_download() -> None:
+    with pytest.raises(GrimaceError) as raised:
+        download.find_or_fetch("folder", source(archive="faces", page="README.md"))
+    for part in ("put your pictures at data/archives/faces", "download.folder.archive"):
+        assert part in str(raised.value)
+    assert "browser" not in str(raised.value)
+
+
+def test_report_counts_classes_that_are_no_emotion_by_their_own_word(
+    stage: Callable[..., None],
+) -> None:
+    for name in ("sad/1.jpg", "contempt/2.jpg"):
+        path = Path("data/archives/faces", name)
+        path.parent.mkdir(parents=True)
+        path.write_bytes(name.encode())
+    stage("folder")
+    report = json.loads(Path("reports/download/folder.json").read_text())
+    assert report["official_splits"] == {"none": {"contempt": 1, "sad": 1}}
+
+
 def test_unknown_sum_warns_or_stops(capsys: pytest.CaptureFixture[str]) -> None:
     archive = open_archive(make_archive(Path("fer2013.zip")))
     digest, listed = sha256(archive.path), "0" * 64

@@ -216,6 +216,13 @@ def test_data_that_is_nowhere_is_an_error_to_act_on(inside):
     assert not Path("reports").exists()
 
 
+def test_drawn_faces_come_from_no_archive(inside, tmp_path):
+    (tmp_path / "faces/sad").mkdir(parents=True)
+    (tmp_path / "faces/sad/1.png").write_bytes(_flat("a", 9).image)
+    with pytest.raises(GrimaceError, match=r"synthetic is drawn here.*leave .*faces out"):
+        inside("--dataset", "synthetic", "--archive", str(tmp_path / "faces"))
+
+
 def test_pictures_that_cannot_be_read_leave_a_page_that_says_so():
     seen = look([Example("a", b"", defect="torn"), Example("b", b"\xff\xd8torn")])
     html = write_page("aflw2k3d", seen, load_params(), "", pictures=True)
