@@ -347,6 +347,8 @@ def _landmarks(table: pd.DataFrame) -> list[Markup | str]:
 def _sheets(
     findings: pd.DataFrame, pictures: Mapping[str, list[tuple[str, np.ndarray]]]
 ) -> list[Markup | str]:
+    if findings.empty:
+        return ["No check found anything to show."]
     if not pictures:
         return ["This page was made without pictures."]
     blocks: list[Markup | str] = []
