@@ -5,6 +5,7 @@ the number of processes changes nothing. Rows that the last run made from the sa
 over from it.
 """
 
+# A spawned worker imports this module too, so what only the parent needs is imported inside.
 import argparse
 import hashlib
 import json
@@ -17,23 +18,22 @@ from importlib.metadata import version
 from io import BufferedWriter
 from itertools import islice, tee
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import cv2
 import numpy as np
-import pandas as pd
-from tqdm import tqdm
 
 from models.schemes import EMOTIONS, SCHEMES
 from pipelines.cli import GrimaceError, run, whole_folder
 from pipelines.crops import decode
 from pipelines.datasets.example import Example
-from pipelines.datasets.table import parts, read_examples
 from pipelines.fanout import fan_out
 from pipelines.params import TaskName, load_params
 from pipelines.shards import read_view
-from pipelines.sheets import contact_sheet
 from pipelines.views import Recipe, augmented_views, build_policy, plain_view, seed_of
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 CHUNK_BYTES = 2**22  # of results, made in one go
 
@@ -88,7 +88,7 @@ class Row(NamedTuple):
     old: int | None
 
 
-def usable(clean: Path, index_path: Path, name: TaskName) -> pd.DataFrame:
+def usable(clean: Path, index_path: Path, name: TaskName) -> "pd.DataFrame":
     """Return the examples of the split index that carry a label for the task, in the clean order.
 
     Returns:
@@ -97,6 +97,10 @@ def usable(clean: Path, index_path: Path, name: TaskName) -> pd.DataFrame:
     Raises:
         GrimaceError: no example has a label for the task.
     """
+    import pandas as pd
+
+    from pipelines.datasets.table import parts, read_examples
+
     split = pd.read_parquet(index_path).set_index("id")["split"]
     rows = []
     for part in parts(clean):
@@ -115,7 +119,7 @@ def usable(clean: Path, index_path: Path, name: TaskName) -> pd.DataFrame:
 
 def write_shards(
     recipe: Recipe,
-    index: pd.DataFrame,
+    index: "pd.DataFrame",
     out: Path,
     workers: int,
     address: str | None = None,
@@ -138,6 +142,8 @@ def write_shards(
     Raises:
         GrimaceError: a side has no examples; or as `fan_out` does.
     """
+    from tqdm import tqdm
+
     unheeded = (index["split"] == "train") & (index["weight"] == 0)
     plan = index[index["split"].isin(SIDES) & ~unheeded]
     plan = plan.assign(copies=copies_of(plan, recipe.settings.balance, recipe.seed))
@@ -164,7 +170,7 @@ def write_shards(
     return taken_over
 
 
-def copies_of(plan: pd.DataFrame, balance: dict[str, int] | str | None, seed: int) -> np.ndarray:
+def copies_of(plan: "pd.DataFrame", balance: dict[str, int] | str | None, seed: int) -> np.ndarray:
     """Say how often each row is to appear, so that the classes of the train side reach a count.
 
     The copies of a class are spread evenly; who gets one of the remainder is decided by a hash of
@@ -199,7 +205,7 @@ def copies_of(plan: pd.DataFrame, balance: dict[str, int] | str | None, seed: in
     return copies
 
 
-def _write_labels(recipe: Recipe, plan: pd.DataFrame, out: Path, left_out: int) -> None:
+def _write_labels(recipe: Recipe, plan: "pd.DataFrame", out: Path, left_out: int) -> None:
     """Write what is known before any work: meta.json, ids, weights and classes."""
     rows = plan.loc[plan.index.repeat(plan["copies"])]
     for side in SIDES:
@@ -234,7 +240,7 @@ def _views(recipe: Recipe, side: Side) -> int:
     return recipe.settings.views if side == "train" else 1
 
 
-def _shapes(recipe: Recipe, plan: pd.DataFrame) -> dict[str, tuple[tuple[int, ...], type]]:
+def _shapes(recipe: Recipe, plan: "pd.DataFrame") -> dict[str, tuple[tuple[int, ...], type]]:
     """Return shape and type of every file that is written row by row."""
     size, channels, points = recipe.task.size, recipe.task.channels, int(plan["points"].iloc[0])
     of_one: dict[str, tuple[tuple[int, ...], type]] = {
@@ -274,7 +280,7 @@ def _npy_files(
         yield files
 
 
-def _chunks(recipe: Recipe, plan: pd.DataFrame, previous: Path | None) -> Iterator[list[Row]]:
+def _chunks(recipe: Recipe, plan: "pd.DataFrame", previous: Path | None) -> Iterator[list[Row]]:
     """Yield the rows of the shards in order, some at a time."""
     stream = _rows(recipe, plan, previous)
     row_bytes = recipe.settings.views * recipe.task.size**2 * recipe.task.channels
@@ -282,7 +288,9 @@ def _chunks(recipe: Recipe, plan: pd.DataFrame, previous: Path | None) -> Iterat
         yield chunk
 
 
-def _rows(recipe: Recipe, plan: pd.DataFrame, previous: Path | None) -> Iterator[Row]:
+def _rows(recipe: Recipe, plan: "pd.DataFrame", previous: Path | None) -> Iterator[Row]:
+    from pipelines.datasets.table import read_examples
+
     known = {side: _known_rows(previous, side) for side in SIDES}
     digest_of = _digest_of(recipe)
     for part, wanted in plan.groupby("part", sort=False):
@@ -370,6 +378,10 @@ def draw_sheet(shards: Path, views: int, path: Path) -> None:
 
     Where balancing made copies, half of the six are copies of one image.
     """
+    import pandas as pd
+
+    from pipelines.sheets import contact_sheet
+
     columns = min(8, views)
     images, captions, points = [], [], []
     each = [read_view(shards, "train", view) for view in range(columns)]

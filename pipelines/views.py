@@ -88,30 +88,33 @@ def augmented_views(
     settings, size, wide_size = recipe.settings, recipe.task.size, _wide(recipe.task.size)
     face = face_box(example, image.shape, recipe.task.margin)
     labelled = np.flatnonzero(example.visible if recipe.name == "landmarks" else [])
+    unplaced = np.zeros_like(example.landmarks), np.zeros_like(example.visible)
     views = []
     for _ in range(settings.views):
         tight = jitter_box(face, settings.jitter_shift, settings.jitter_scale, rng)
         extra = (tight.right - tight.left) * (wide_size - size) / size / 2
         box = Box(tight.left - extra, tight.top - extra, tight.right + extra, tight.bottom + extra)
         wide = crop(image, box, wide_size)
-        landmarks, visible = np.zeros_like(example.landmarks), np.zeros_like(example.visible)
-        if len(labelled):
-            points = np.concatenate([PROBE, to_crop(example.landmarks[labelled], box)])
-            result = policy(image=wide, keypoints=points * wide_size - 0.5)
-            moved = (np.asarray(result["keypoints"], np.float32) + 0.5) / size
-            if len(moved) != len(points):
-                raise GrimaceError(
-                    f"the policy dropped keypoints of {example.id}: a transform in augment."
-                    f"{recipe.name}.policies.{settings.policy} removes points; choose another"
-                )
-            probe, moved = moved[:3], moved[3:]
-            inside = ((moved >= 0) & (moved <= 1)).all(1)
-            landmarks[labelled[inside]], visible[labelled[inside]] = moved[inside], True
-            if _turned(probe):
-                mirror = list(SCHEMES[len(landmarks)].mirror)
-                landmarks, visible = landmarks[mirror], visible[mirror]
-        else:
-            result = policy(image=wide)
+        if not len(labelled):
+            for transform in policy.transforms:  # what the policy does besides is for points
+                wide = transform(image=wide)["image"]
+            views.append((wide.reshape(size, size, -1), *unplaced))
+            continue
+        points = np.concatenate([PROBE, to_crop(example.landmarks[labelled], box)])
+        result = policy(image=wide, keypoints=points * wide_size - 0.5)
+        moved = (np.asarray(result["keypoints"], np.float32) + 0.5) / size
+        if len(moved) != len(points):
+            raise GrimaceError(
+                f"the policy dropped keypoints of {example.id}: a transform in augment."
+                f"{recipe.name}.policies.{settings.policy} removes points; choose another"
+            )
+        probe, moved = moved[:3], moved[3:]
+        inside = ((moved >= 0) & (moved <= 1)).all(1)
+        landmarks, visible = (array.copy() for array in unplaced)
+        landmarks[labelled[inside]], visible[labelled[inside]] = moved[inside], True
+        if _turned(probe):
+            mirror = list(SCHEMES[len(landmarks)].mirror)
+            landmarks, visible = landmarks[mirror], visible[mirror]
         views.append((result["image"].reshape(size, size, -1), landmarks, visible))
     return views
 
