@@ -264,7 +264,7 @@ class Filter(_Section):
         pictures: whether the report shows any.
         checks: for every dataset.
         overrides: by dataset, checks that replace the above there.
-        restore: by dataset, ids that stay whatever a check says.
+        restore: by dataset, ids that stay, with full weight, whatever a check says.
     """
 
     workers: Annotated[int, Field(ge=0)]

@@ -11,6 +11,7 @@ import pandas as pd
 
 from pipelines.checks import FACTS, Finding, duplicates
 from pipelines.checks.landmarks import implausible
+from pipelines.families import families
 from pipelines.params import Above, Below, Check, Checks
 
 NAN = float("nan")
@@ -76,7 +77,7 @@ def judge(
         measures: n rows, as `pipelines.checks.measures` makes them.
         kept: of the same examples.
         checks: what to look for, and what to do about it.
-        restore: ids that are not dropped.
+        restore: ids that stay, with full weight.
         workers: threads; the result does not depend on it.
 
     Returns:
@@ -86,8 +87,9 @@ def judge(
     """
     table = measures.reset_index(drop=True)
     findings = [*_unusable(table, checks), *_blank(table, checks)]
-    sound = table[table["std"].notna() & ~table["id"].isin(_dropped(findings))]
-    copies, table["cluster"] = _copies(table, sound, kept, checks, workers)
+    readable = table[table["std"].notna()]
+    sound = readable[~readable["id"].isin(_dropped(findings, restore))]
+    copies, table["cluster"] = _copies(table, readable, sound, kept, checks, workers)
     findings += copies
     findings += _no_face(table, checks)
     table["landmarks_implausible"] = _implausible(table, kept, checks)
@@ -97,7 +99,8 @@ def judge(
         marked = table[table[name] == 1]
         findings += _found(marked, name, getattr(checks, name), [words] * len(marked))
     table["label_quality"] = NAN
-    findings += _mislabelled(table, sound[~sound["id"].isin(_dropped(findings))], kept, checks)
+    candidates = sound[~sound["id"].isin(_dropped(findings, restore))]
+    findings += _mislabelled(table, candidates, kept, checks)
     findings = _restored(findings, restore)
     return _decided(table, findings), _in_order(findings, table)
 
@@ -126,8 +129,8 @@ def _found(
     return findings
 
 
-def _dropped(findings: Sequence[Finding]) -> set[str]:
-    return {finding.id for finding in findings if finding.action == "drop"}
+def _dropped(findings: Sequence[Finding], restore: Sequence[str]) -> set[str]:
+    return {finding.id for finding in findings if finding.action == "drop"} - set(restore)
 
 
 def _unusable(table: pd.DataFrame, checks: Checks) -> list[Finding]:
@@ -147,25 +150,37 @@ def _blank(table: pd.DataFrame, checks: Checks) -> list[Finding]:
 
 
 def _copies(
-    table: pd.DataFrame, sound: pd.DataFrame, kept: Kept, checks: Checks, workers: int
+    table: pd.DataFrame,
+    readable: pd.DataFrame,
+    sound: pd.DataFrame,
+    kept: Kept,
+    checks: Checks,
+    workers: int,
 ) -> tuple[list[Finding], list[str]]:
-    """Find copies and near copies among the sound pictures; name their clusters, row by row."""
-    rank = sound["official_split"].map(PRIORITY)
-    ordered = sound.assign(rank=rank).sort_values(["rank", "id"], kind="stable")
+    """Find copies among the readable pictures, and near copies among those of them that are sound.
+
+    Of equal pictures on one official side, that with the most labels is the original.
+    """
+    ordered = readable.assign(
+        rank=readable["official_split"].map(PRIORITY),
+        unlabelled=readable["class"] == "unlabelled",
+        points=-readable["landmarks_visible"].str.count("1"),
+    ).sort_values(["rank", "unlabelled", "points", "id"], kind="stable")
     findings: list[Finding] = []
     pairs = [np.zeros((0, 2), np.int64)]
     distinct = ordered
     if checks.exact_duplicate.action != "off":
         distinct = ordered.drop_duplicates("pixels")
         first = ordered["pixels"].map(pd.Series(distinct.index, distinct["pixels"]))
-        copies = sound[first.loc[sound.index] != sound.index]
+        copies = readable[first.loc[readable.index] != readable.index]
         originals = first[copies.index]
-        evidence = [f"same pixels as {id}, which is kept" for id in table["id"][originals]]
+        evidence = [f"same pixels as {id}" for id in table["id"][originals]]
         scores = [1.0] * len(copies)
         findings += _found(copies, "exact_duplicate", checks.exact_duplicate, evidence, scores, 1.0)
         pairs.append(np.column_stack([originals, copies.index]))
     rule = checks.near_duplicate
     if rule.action != "off":
+        distinct = distinct[distinct.index.isin(sound.index)]
         rows = distinct.index.to_numpy()
         near = duplicates.near_copies(
             distinct["hash"].to_numpy(),
@@ -254,9 +269,10 @@ def _mislabelled(
     from pipelines.checks.labels import suspected  # loads scikit-learn, cleanlab and more
 
     # A person's pictures, and copies of a picture, must not be on both sides of a fold.
-    groups = rows["person"].where(rows["person"] != "", rows["id"])
     cluster = table["cluster"][rows.index]
-    groups = groups.where((cluster == "") | (rows["person"] != ""), cluster)
+    names = rows["person"].where(rows["person"] != "", cluster)
+    names = names.where(names != "", rows["id"])
+    groups = names.groupby(families(rows["person"].tolist(), cluster.tolist())).transform("min")
     quality, doubted = suspected(
         kept.faces[rows.index][..., None],
         rows["label"].to_numpy(),
@@ -275,10 +291,11 @@ def _mislabelled(
 
 
 def _restored(findings: Sequence[Finding], restore: Sequence[str]) -> list[Finding]:
+    """Bring back what was dropped, or left out of training by its weight."""
     ids = set(restore)
     return [
-        replace(finding, action="restored")
-        if finding.id in ids and finding.action == "drop"
+        replace(finding, action="restored", weight=1.0)
+        if finding.id in ids and finding.action in ("drop", "weight")
         else finding
         for finding in findings
     ]

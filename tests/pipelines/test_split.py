@@ -480,7 +480,7 @@ def found_by_filter(faces: list[Example]) -> list[Example]:
         for name in type(checks).model_fields
         if name not in ("exact_duplicate", "near_duplicate")
     }
-    texts = {"defect": "", "unreadable": ""}
+    texts = {"defect": "", "unreadable": "", "landmarks_visible": ""}
     measures = pd.DataFrame(rows).assign(**texts).reindex(columns=[*MEASURES, "haar", "blazeface"])
     kept = Kept(
         np.stack(coarse),

@@ -69,6 +69,7 @@ def judged(
     *rows: dict[str, Any],
     pictures: Sequence[np.ndarray] | None = None,
     restore: Sequence[str] = (),
+    faces: np.ndarray | None = None,
 ) -> tuple[pd.DataFrame, list[Finding]]:
     n = len(rows)
     rng = np.random.default_rng(0)
@@ -81,7 +82,8 @@ def judged(
     sharp = np.stack([details(each) for each in small])
     if pictures is not None:
         table[["hash", "mirror_hash"]] = np.uint64(0)  # every pair is worth comparing
-    faces = np.zeros((n, FACE_SIDE, FACE_SIDE), np.uint8)
+    if faces is None:
+        faces = np.zeros((n, FACE_SIDE, FACE_SIDE), np.uint8)
     nothing = [np.zeros((0, 2), np.float32)] * n, [np.zeros(0, bool)] * n
     return judge(table, Kept(coarse, sharp, faces, *nothing), checks, restore)
 
@@ -199,15 +201,37 @@ def test_the_test_copy_stays(
     assert table.loc[table["kept"], "id"].tolist() == [kept]
     assert {finding.id for finding in findings} == set("abc") - {kept}
     assert {finding.check for finding in findings} == {"exact_duplicate"}
-    assert all(f"same pixels as {kept}," in finding.evidence for finding in findings)
+    assert all(finding.evidence == f"same pixels as {kept}" for finding in findings)
     assert set(table["cluster"]) == {"a"}
 
 
-def test_a_dropped_copy_does_not_take_the_good_one_along() -> None:
-    bad = row("a", pixels="p", official_split="test", std=0.0)
-    table, findings = judged(CHECKS, bad, row("b", pixels="p", official_split="train"))
-    assert by_id(findings) == {"a": ["blank"]}
-    assert table["cluster"].tolist() == ["", ""]
+def test_blank_pictures_are_copies_too() -> None:
+    rows = [
+        row("a", pixels="p", std=0.0, official_split="test"),
+        row("b", pixels="p", std=0.0, **{"class": "sad"}),
+        row("c"),
+    ]
+    table, findings = judged(CHECKS, *rows)
+    assert by_id(findings) == {
+        "a": ["blank", "label_conflict"],
+        "b": ["blank", "exact_duplicate", "label_conflict"],
+    }
+    assert table["reason"].tolist() == ["blank", "blank", ""]
+    assert table["cluster"].tolist() == ["a", "a", ""]
+
+
+def test_of_equal_pictures_the_best_labelled_stays() -> None:
+    nothing = {"class": "unlabelled", "label": -1}
+    rows = [
+        row("a", pixels="p", **nothing, landmarks_visible="1111"),
+        row("b", pixels="p", landmarks_visible="1000"),
+        row("c", pixels="p", landmarks_visible="1110"),
+        row("d", pixels="p", landmarks_visible="0111"),
+        row("e", pixels="q", landmarks_visible="1111", official_split="train"),
+        row("f", pixels="q", **nothing, official_split="test"),
+    ]
+    table, _ = judged(only(exact_duplicate="drop"), *rows)
+    assert table.loc[table["kept"], "id"].tolist() == ["c", "f"]
 
 
 def test_copies_may_stay() -> None:
@@ -341,18 +365,98 @@ def test_the_smallest_weight_counts() -> None:
     assert table["kept"].all()
 
 
-def test_restored_ids_stay() -> None:
-    checks = only(dark="drop", blurred={"action": "weight", "weight": 0.2})
-    rows = [row(id, dark=0.0, blurred=0.0) for id in "ab"]
+def test_restored_ids_stay_with_full_weight() -> None:
+    checks = only(
+        dark="drop", blurred={"action": "weight", "weight": 0.2}, small_face={"action": "flag"}
+    )
+    rows = [row(id, dark=0.0, blurred=0.0, face_size=1.0) for id in "ab"]
     table, findings = judged(checks, *rows, restore=["a"])
-    assert [(f.id, f.check, f.action) for f in findings] == [
-        ("a", "dark", "restored"),
-        ("b", "dark", "drop"),
-        ("a", "blurred", "weight"),
-        ("b", "blurred", "weight"),
+    assert [(f.id, f.check, f.action, f.weight) for f in findings] == [
+        ("a", "dark", "restored", 1.0),
+        ("b", "dark", "drop", 1.0),
+        ("a", "blurred", "restored", 1.0),
+        ("b", "blurred", "weight", 0.2),
+        ("a", "small_face", "flag", 1.0),
+        ("b", "small_face", "flag", 1.0),
     ]
     assert table["kept"].tolist() == [True, False]
     assert table["reason"].tolist() == ["", "dark"]
+    assert table["weight"].tolist() == [1.0, 0.2]
+
+
+def test_what_is_restored_is_searched_for_near_copies() -> None:
+    pictures = [noise(1), mixed(noise(1), noise(2), 0.2)]
+    rows = row("a", std=1.0), row("b", std=1.0)
+    table, findings = judged(CHECKS, *rows, pictures=pictures, restore=["a", "b"])
+    assert table["cluster"].tolist() == ["a", "a"]
+    assert by_id(findings) == {"a": ["blank"], "b": ["blank", "near_duplicate"]}
+
+
+# labels that look wrong
+
+
+LINEAR = {"action": "drop", "estimator": "linear", "folds": 4, "threshold": 0.3}
+
+
+def two_classes(count: int, **changes: Any) -> tuple[list[dict[str, Any]], np.ndarray]:
+    """Faces that are bright above (happy) or on the left (sad), with a little noise."""
+    faces = np.random.default_rng(5).integers(0, 60, (count, FACE_SIDE, FACE_SIDE), np.uint8)
+    faces[::2, : FACE_SIDE // 2] += 150
+    faces[1::2, :, : FACE_SIDE // 2] += 150
+    rows = [
+        row(f"{number:03d}", label=label, **{"class": name}, **changes)
+        for number in range(count)
+        for label, name in [((3, "happy"), (5, "sad"))[number % 2]]
+    ]
+    return rows, faces
+
+
+def test_a_wrong_label_is_found_but_not_where_it_is_held_out() -> None:
+    rows, faces = two_classes(80)
+    for number, split in ((10, "train"), (20, "val"), (30, "test"), (40, "")):
+        rows[number] |= {"label": 5, "class": "sad", "official_split": split}
+    table, findings = judged(only(mislabelled=LINEAR), *rows, faces=faces)
+    assert by_id(findings) == {"010": ["mislabelled"], "040": ["mislabelled"]}
+    assert all(f.action == "drop" and f.score < f.threshold == 0.3 for f in findings)
+    held_out = table["official_split"].isin(["val", "test"])
+    assert (table["label_quality"].isna() == held_out).all()
+
+
+def test_held_out_labels_teach_nothing() -> None:
+    rows, faces = two_classes(80)
+    for each in rows[40:]:
+        each["official_split"] = "test"
+    table, _ = judged(only(mislabelled=LINEAR), *rows, faces=faces)
+    for each in rows[40:]:
+        each |= {"label": 0, "class": "angry"}
+    other, _ = judged(only(mislabelled=LINEAR), *rows, faces=faces)
+    assert table["label_quality"].notna().sum() == 40
+    pd.testing.assert_series_equal(table["label_quality"], other["label_quality"])
+
+
+def test_neither_a_person_nor_a_copy_stands_on_both_sides_of_a_fold(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[list[str]] = []
+
+    def suspected(faces: np.ndarray, labels: np.ndarray, groups: list[str], *_: Any) -> Any:
+        asked.append(groups)
+        return np.ones(len(labels)), np.zeros(len(labels), bool)
+
+    monkeypatch.setattr("pipelines.checks.labels.suspected", suspected)
+    rows = [
+        row("a", person="p"),
+        row("b", person="p", pixels="x"),
+        row("c", person="q", pixels="x"),
+        row("d", person="q"),
+        row("e", pixels="y"),
+        row("f", pixels="y", label=5, **{"class": "sad"}),
+        row("g"),
+        row("h", person="r"),
+    ]
+    judged(only(mislabelled=LINEAR, exact_duplicate="flag"), *rows)
+    (groups,) = asked
+    assert groups == ["p", "p", "p", "p", "e", "e", "g", "r"]
 
 
 @pytest.mark.parametrize("name", [name for name in Checks.model_fields if name != "mislabelled"])

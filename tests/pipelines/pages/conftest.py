@@ -74,7 +74,7 @@ def _make_audit(count: int) -> tuple[pd.DataFrame, pd.DataFrame]:
         first, second = table["id"][number], table["id"][number + 1]
         table.loc[[number, number + 1], "cluster"] = first
         if table["class"][number] == table["class"][number + 1]:
-            words = f"same pixels as {first}, which is kept"
+            words = f"same pixels as {first}"
             findings.append((second, "exact_duplicate", 1.0, 1.0, "drop", words, 1.0))
         else:
             words = "copies carry different labels"
