@@ -188,14 +188,21 @@ def faces_of_shards(name: TaskName, task: Task) -> Faces:
 def faces_of_side(name: TaskName, task: Task, side: str, limit: int | None = None) -> Faces:
     """Load one side of the task's clean dataset, cropped as in deployment.
 
-    With `limit`, only so many of its examples, evenly spaced over the side.
+    Of the train side, what training heeds: examples of weight 0 are left out. With `limit`, only
+    so many, evenly spaced over the side.
     """
+    clean = Path("data/clean", task.dataset)
     index = pd.read_parquet(Path("data/split", task.dataset, "index.parquet"))
-    ids = index.loc[index["split"] == side, "id"].to_numpy()
+    there = set(index.loc[index["split"] == side, "id"])
+    ids = [
+        row.id
+        for row in read_examples(clean, images=False)
+        if row.id in there and (side != "train" or row.weight > 0)
+    ]
     if limit is not None and limit < len(ids):
-        ids = ids[np.linspace(0, len(ids) - 1, limit).astype(int)]
+        ids = [ids[place] for place in np.linspace(0, len(ids) - 1, limit).astype(int)]
     wanted = set(ids)
-    rows = (row for row in read_examples(Path("data/clean", task.dataset)) if row.id in wanted)
+    rows = (row for row in read_examples(clean) if row.id in wanted)
     return crop_all(rows, name, task)
 
 
