@@ -11,9 +11,10 @@ Whose side:
 
 Who leaves: where examples of one person, or copies and near copies of one picture (the clusters
 that `filter` found), stand on different sides, the highest side keeps its own and the others
-leave, with split "out" and the reason; test is above val, val above train. Nobody is moved. So an
-old id keeps its side or leaves, whatever is added later. (The one exception is a source that comes
-back with an official side it lacked before: its word then replaces the draw.)
+leave, with split "out" and the reason; test is above val, val above train. So do those that a
+chain of persons and copies leads there: a copy of somebody's picture shows that person too. Nobody
+is moved. So an old id keeps its side or leaves, whatever is added later. (The one exception is a
+source that comes back with an official side it lacked before: its word then replaces the draw.)
 
 Why classes are not divided by quota: to keep an old id on its side under every addition, its side
 must be what it would be with that id alone in the dataset, so it can depend on nothing but the
@@ -38,6 +39,7 @@ from pipelines.cli import GrimaceError, run, whole_folder
 from pipelines.datasets import EVALUATE_ONLY
 from pipelines.datasets.example import Example
 from pipelines.datasets.table import read_examples
+from pipelines.families import families
 from pipelines.params import Split, load_params
 
 SIDES = ("train", "val", "test")  # a group stays on the last of these that it reaches
@@ -195,7 +197,10 @@ def _why_out(table: pd.DataFrame) -> pd.Series:
     """Say of each example why it must leave its side, "" where it need not."""
     rank = table["split"].map(SIDES.index)
     reason = pd.Series("", table.index)
-    for kind, words in (("cluster", "copy of"), ("person", "same person as")):
+    family = families(table["person"].tolist(), table["cluster"].tolist())
+    table = table.assign(family=family.astype(str))
+    kinds = ("cluster", "copy of"), ("person", "same person as"), ("family", "linked by copies to")
+    for kind, words in kinds:
         grouped = table[kind] != ""
         highest = rank.groupby(table[kind]).transform("max")
         # One of those who stay, to name.
@@ -294,6 +299,7 @@ def summary(index: pd.DataFrame) -> dict[str, object]:
         "out": {
             "copies": int((kinds == "copy").sum()),
             "same_person": int((kinds == "same").sum()),
+            "linked": int((kinds == "linked").sum()),
         },
     }
 

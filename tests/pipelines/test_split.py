@@ -233,6 +233,24 @@ def test_a_person_on_two_official_sides_leaves_the_lesser() -> None:
     check(index.reset_index(), "faces")
 
 
+def test_a_copy_brings_its_person_along() -> None:
+    """x and y are one picture, so whoever they show, it is on the test side with z."""
+    examples = [
+        Example("w", b"", person="p", official_split="train"),
+        Example("x", b"", person="p", official_split="train", cluster="x"),
+        Example("y", b"", person="q", official_split="train", cluster="x"),
+        Example("z", b"", person="q", official_split="test"),
+        Example("v", b"", official_split="val"),
+    ]
+    index = index_of(examples).set_index("id")
+    assert dict(index["split"]) == {"w": OUT, "x": OUT, "y": OUT, "z": "test", "v": "val"}
+    assert list(index["reason"][:3]) == [
+        "linked by copies to z on the test side",
+        "linked by copies to z on the test side",
+        "same person as z on the test side",
+    ]
+
+
 # Properties, over many random datasets
 
 
@@ -271,6 +289,17 @@ def tied(a: Example, b: Example) -> bool:
     return bool((a.person and a.person == b.person) or (a.cluster and a.cluster == b.cluster))
 
 
+def family_of(number: int, faces: list[Example]) -> list[int]:
+    """All whom a chain of persons and copies leads to."""
+    found, ahead = {number}, [number]
+    while ahead:
+        face = faces[ahead.pop()]
+        new = {other for other in range(len(faces)) if tied(face, faces[other])} - found
+        found |= new
+        ahead.extend(new)
+    return sorted(found)
+
+
 @pytest.mark.parametrize("seed", range(60))
 def test_nobody_and_no_copy_straddles(seed: int) -> None:
     faces, pairs = random_faces(seed)
@@ -281,7 +310,7 @@ def test_nobody_and_no_copy_straddles(seed: int) -> None:
     sides, reasons = list(index["split"]), list(index["reason"])
     place = {face.id: number for number, face in enumerate(faces)}
     for a, face in enumerate(faces):
-        family = [b for b, other in enumerate(faces) if tied(face, other)]
+        family = family_of(a, faces)
         if sides[a] == OUT:
             named, side = reasons[a].split(" ")[-5], reasons[a].split(" ")[-2]
             assert place[named] in family and SIDES.index(side) > 0
@@ -292,7 +321,7 @@ def test_nobody_and_no_copy_straddles(seed: int) -> None:
                 assert sides[a] == face.official_split
             if not face.person:
                 assert sides[a] == alone["split"][a], "moved"
-        if not family:
+        if family == [a]:
             assert sides[a] != OUT
     inside = index[index["split"] != OUT]
     assert inside.empty or inside.groupby("group")["split"].nunique().max() == 1
@@ -432,15 +461,16 @@ def test_the_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> N
     counts = pd.read_csv(report / "classes.csv").set_index("class")
     assert list(counts.columns) == [*SIDES, OUT]
     assert set(counts.index) == set(EMOTIONS) and counts.to_numpy().sum() == 360
-    (leaving,) = pd.read_csv(report / "out.csv").to_dict("records")
-    assert leaving["id"] == first.id
-    assert leaving["reason"] == f"copy of {other.id} on the test side"
+    leaving = pd.read_csv(report / "out.csv").set_index("id")["reason"]
+    assert list(leaving.index) == [e.id for e in faces if e.person == first.person]
+    assert leaving[first.id] == f"copy of {other.id} on the test side"
+    assert set(leaving[1:]) == {f"linked by copies to {other.id} on the test side"}
     with Image.open(report / "classes.png") as picture:
         assert min(picture.size) > 200
     summary = json.loads(Path("reports/split/fer2013.json").read_text())
     assert summary["examples"] == index["split"].value_counts().to_dict()
-    assert sum(summary["groups"].values()) == 121  # the person of the one that is out counts twice
-    assert summary["out"] == {"copies": 1, "same_person": 0}
+    assert sum(summary["groups"].values()) == 120
+    assert summary["out"] == {"copies": 1, "same_person": 0, "linked": 2}
 
     # A refused split leaves the old one.
     write_examples(people(1), clean)
