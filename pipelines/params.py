@@ -155,7 +155,8 @@ class Check(_Section):
         action: "off": not run. "drop": the example leaves. "flag": it is only listed. "weight":
             training heeds it by `weight`. What a source has put into its official val or test
             split is not dropped for an opinion (of a detector, a shape model, a classifier), only
-            flagged: else the test would grow easier.
+            flagged: else the test would grow easier. Where a source publishes no split, `split`
+            draws the test from what is left: there an opinion had better weigh than drop.
         weight: for the action "weight"; 0 keeps it out of training, but not out of val and test.
     """
 

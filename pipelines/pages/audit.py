@@ -19,7 +19,7 @@ MEANINGS = {
     "defect": "the source's own row cannot be used",
     "unreadable": "the picture does not decode",
     "blank": "its grey levels hardly vary",
-    "exact_duplicate": "its pixels equal those of another, which is kept",
+    "exact_duplicate": "its pixels equal those of another",
     "label_conflict": "copies of one picture carry different labels",
     "near_duplicate": "nearly the same picture as another: similar hash, and it correlates",
     "no_face": "too few detectors see a face",
