@@ -44,6 +44,8 @@ Read = Callable[[], Iterator["Example"]]
 
 def main() -> None:
     """Audit the dataset; in the graph, write the clean one."""
+    import pandas as pd
+
     from pipelines.checks.judge import judge
     from pipelines.params import load_params
 
@@ -57,17 +59,19 @@ def main() -> None:
     workers = workers or len(os.sched_getaffinity(0))
     _refuse_other_folder(report)
 
+    previous = report / "examples.parquet"
     with TemporaryDirectory(prefix="grimace-filter-") as scratch:
         measures, kept = measure_all(
             read,
             detectors=checks.no_face.detectors,
             workers=workers,
             address=params.cluster.address,
-            previous=report / "examples.parquet",
+            previous=previous,
             scratch=Path(scratch),
             total=total,
         )
-        table, findings = judge(measures, kept, checks, restore, workers)
+        earlier = pd.read_parquet(previous) if previous.exists() else None
+        table, findings = judge(measures, kept, checks, restore, workers, earlier)
 
     _refuse_unknown(restore, table, args.dataset)
     _refuse_nothing_kept(table, findings, args.dataset)

@@ -3,8 +3,11 @@
 What needs the whole dataset is done here: copies, the shape model, out-of-fold predictions.
 """
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -12,13 +15,15 @@ import pandas as pd
 from pipelines.checks import FACTS, Finding, duplicates
 from pipelines.checks.landmarks import implausible
 from pipelines.families import families
-from pipelines.params import Above, Below, Check, Checks
+from pipelines.params import Above, Below, Check, Checks, Mislabelled
 
 NAN = float("nan")
 SEED = 2026  # of the folds
 
 # The columns that judging adds to the measures.
-DERIVED = ["landmarks_implausible", "label_quality", "cluster", "kept", "weight", "reason"]
+LABEL_SOURCES = ("pipelines/checks/labels.py", "models/backbones.py")
+LABEL_COLUMNS = ["label_quality", "label_doubted", "label_key"]
+DERIVED = ["landmarks_implausible", *LABEL_COLUMNS, "cluster", "kept", "weight", "reason"]
 
 # Of equal pictures the one in the official test split stays, else validation, else training.
 PRIORITY = {"test": 0, "val": 1, "train": 2, "": 3}
@@ -70,6 +75,7 @@ def judge(
     checks: Checks,
     restore: Sequence[str] = (),
     workers: int = 1,
+    earlier: pd.DataFrame | None = None,
 ) -> tuple[pd.DataFrame, list[Finding]]:
     """Judge all examples of a dataset.
 
@@ -79,9 +85,12 @@ def judge(
         checks: what to look for, and what to do about it.
         restore: ids that stay, with full weight.
         workers: threads; the result does not depend on it.
+        earlier: what an earlier call returned first, or its `id` and `LABEL_COLUMNS`. Labels are
+            not judged again where all that this depends on is the same.
 
     Returns:
-        The measures with more columns: `landmarks_implausible`, `label_quality`, `cluster`,
+        The measures with more columns: `landmarks_implausible`; `label_quality`, `label_doubted`
+        (bool) and `label_key`, which stands for all that the two depend on; `cluster`,
         `kept` (bool), `weight`, and `reason` (the first check that drops it, else ""); and the
         findings, in the order of the checks and then of the examples.
     """
@@ -98,9 +107,9 @@ def judge(
     for name, words in MARKED.items():
         marked = table[table[name] == 1]
         findings += _found(marked, name, getattr(checks, name), [words] * len(marked))
-    table["label_quality"] = NAN
     candidates = sound[~sound["id"].isin(_dropped(findings, restore))]
-    findings += _mislabelled(table, candidates, kept, checks)
+    table[LABEL_COLUMNS] = _label_columns(table, candidates, kept, checks, earlier)
+    findings += _mislabelled(table, checks)
     findings = _restored(findings, restore)
     return _decided(table, findings), _in_order(findings, table)
 
@@ -254,35 +263,63 @@ def _beyond(
     return _found(rows, name, rule, evidence, scores, rule.threshold)
 
 
-def _mislabelled(
-    table: pd.DataFrame, candidates: pd.DataFrame, kept: Kept, checks: Checks
-) -> list[Finding]:
+def _label_columns(
+    table: pd.DataFrame,
+    candidates: pd.DataFrame,
+    kept: Kept,
+    checks: Checks,
+    earlier: pd.DataFrame | None,
+) -> pd.DataFrame:
     """Doubt labels by the other examples'.
 
     What is held out officially is neither doubted nor learnt from: the test labels must not
     decide which training labels count.
     """
+    unjudged = {"label_quality": NAN, "label_doubted": False, "label_key": ""}
+    columns = pd.DataFrame(unjudged, index=table.index)
     rule = checks.mislabelled
     rows = candidates[(candidates["label"] >= 0) & ~candidates["official_split"].isin(HELD_OUT)]
     if rule.action == "off" or rows["label"].nunique() < 2:
-        return []
-    from pipelines.checks.labels import suspected  # loads scikit-learn, cleanlab and more
-
+        return columns
     # A person's pictures, and copies of a picture, must not be on both sides of a fold.
     cluster = table["cluster"][rows.index]
     names = rows["person"].where(rows["person"] != "", cluster)
     names = names.where(names != "", rows["id"])
     groups = names.groupby(families(rows["person"].tolist(), cluster.tolist())).transform("min")
-    quality, doubted = suspected(
-        kept.faces[rows.index][..., None],
-        rows["label"].to_numpy(),
-        groups.tolist(),
-        rule,
-        SEED,
-    )
-    table.loc[rows.index, "label_quality"] = quality
-    wrong = rows[doubted & (quality < rule.threshold)]
-    scores = table["label_quality"][wrong.index].tolist()
+    faces, codes = kept.faces[rows.index], rows["label"].to_numpy()
+    key = _label_key(rows["id"].tolist(), faces, codes, groups.tolist(), rule)
+    if earlier is not None and key in set(earlier["label_key"]):
+        judged = earlier[earlier["label_key"] == key].set_index("id").loc[rows["id"]]
+        quality = judged["label_quality"].to_numpy()
+        doubted = judged["label_doubted"].to_numpy()
+    else:
+        from pipelines.checks.labels import suspected  # loads scikit-learn, cleanlab and more
+
+        quality, doubted = suspected(faces[..., None], codes, groups.tolist(), rule, SEED)
+    columns.loc[rows.index, "label_quality"] = quality
+    columns.loc[rows.index, "label_doubted"] = doubted
+    columns.loc[rows.index, "label_key"] = key
+    return columns
+
+
+def _label_key(
+    ids: list[str], faces: np.ndarray, codes: np.ndarray, groups: list[str], rule: Mislabelled
+) -> str:
+    """Return the SHA-256 of all that judging labels depends on."""
+    root = Path(__file__).parents[2]
+    sources = [root.joinpath(name).read_text() for name in LABEL_SOURCES]
+    settings = rule.model_dump(exclude={"action", "weight", "threshold"})
+    versions = [version(name) for name in ("cleanlab", "scikit-learn", "tensorflow", "keras")]
+    named = (sources, versions, settings, SEED, ids, groups, codes.tolist())
+    key = hashlib.sha256(repr(named).encode())
+    key.update(faces.tobytes())
+    return key.hexdigest()
+
+
+def _mislabelled(table: pd.DataFrame, checks: Checks) -> list[Finding]:
+    rule = checks.mislabelled
+    wrong = table[table["label_doubted"] & (table["label_quality"] < rule.threshold)]
+    scores = wrong["label_quality"].tolist()
     evidence = [
         f"labelled {given}, which others like it make {score:.0%} probable"
         for given, score in zip(wrong["class"], scores, strict=True)

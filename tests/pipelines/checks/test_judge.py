@@ -70,6 +70,7 @@ def judged(
     pictures: Sequence[np.ndarray] | None = None,
     restore: Sequence[str] = (),
     faces: np.ndarray | None = None,
+    earlier: pd.DataFrame | None = None,
 ) -> tuple[pd.DataFrame, list[Finding]]:
     n = len(rows)
     rng = np.random.default_rng(0)
@@ -85,7 +86,7 @@ def judged(
     if faces is None:
         faces = np.zeros((n, FACE_SIDE, FACE_SIDE), np.uint8)
     nothing = [np.zeros((0, 2), np.float32)] * n, [np.zeros(0, bool)] * n
-    return judge(table, Kept(coarse, sharp, faces, *nothing), checks, restore)
+    return judge(table, Kept(coarse, sharp, faces, *nothing), checks, restore, earlier=earlier)
 
 
 def by_id(findings: Sequence[Finding]) -> dict[str, list[str]]:
@@ -432,6 +433,35 @@ def test_held_out_labels_teach_nothing() -> None:
     other, _ = judged(only(mislabelled=LINEAR), *rows, faces=faces)
     assert table["label_quality"].notna().sum() == 40
     pd.testing.assert_series_equal(table["label_quality"], other["label_quality"])
+
+
+def test_labels_are_not_judged_again_for_another_threshold() -> None:
+    rows, faces = two_classes(80)
+    table, _ = judged(only(mislabelled=LINEAR), *rows, faces=faces)
+    marked = table.assign(label_quality=0.125, label_doubted=True)
+    other = only(mislabelled=LINEAR | {"threshold": 0.2, "action": "flag"})
+    again, findings = judged(other, *rows, faces=faces, earlier=marked)
+    assert (again["label_quality"] == 0.125).all() and len(findings) == 80
+
+
+@pytest.mark.parametrize("change", ["face", "label", "group", "fewer", "setting"])
+def test_labels_are_judged_again_when_anything_else_changed(change: str) -> None:
+    rows, faces = two_classes(80)
+    table, _ = judged(only(mislabelled=LINEAR), *rows, faces=faces)
+    settings: dict[str, Any] = {}
+    if change == "face":
+        faces[5, 0, 0] += 1
+    elif change == "label":
+        rows[5] |= {"class": "happy", "label": 3}
+    elif change == "group":
+        rows[5]["person"] = rows[7]["person"] = "someone"
+    elif change == "fewer":
+        rows, faces = rows[:-1], faces[:-1]
+    else:
+        settings["folds"] = 5
+    marked = table.assign(label_quality=0.125)
+    again, _ = judged(only(mislabelled=LINEAR | settings), *rows, faces=faces, earlier=marked)
+    assert not (again["label_quality"] == 0.125).any()
 
 
 def test_neither_a_person_nor_a_copy_stands_on_both_sides_of_a_fold(
