@@ -44,8 +44,6 @@ Read = Callable[[], Iterator["Example"]]
 
 def main() -> None:
     """Audit the dataset; in the graph, write the clean one."""
-    import pandas as pd
-
     from pipelines.checks.judge import judge
     from pipelines.params import load_params
 
@@ -70,8 +68,7 @@ def main() -> None:
             scratch=Path(scratch),
             total=total,
         )
-        earlier = pd.read_parquet(previous) if previous.exists() else None
-        table, findings = judge(measures, kept, checks, restore, workers, earlier)
+        table, findings = judge(measures, kept, checks, restore, workers, _earlier_table(previous))
 
     _refuse_unknown(restore, table, args.dataset)
     _refuse_nothing_kept(table, findings, args.dataset)
@@ -148,11 +145,13 @@ def measure_all(
     from tqdm import tqdm
 
     from pipelines.checks import duplicates
-    from pipelines.checks.judge import Kept
+    from pipelines.checks.judge import DERIVED, Kept
     from pipelines.checks.measures import FACE_SIDE, digest, measure, settings_digest
     from pipelines.fanout import fan_out
 
-    known = _earlier_rows(previous)
+    earlier = _earlier_table(previous)
+    known = pd.DataFrame() if earlier is None else earlier.drop(columns=DERIVED)
+    known.index = pd.Index([] if earlier is None else earlier["digest"].tolist())
     settings = settings_digest(detectors)
     ids: list[str] = []
     order: list[str] = []
@@ -203,16 +202,16 @@ def measure_all(
     )
 
 
-def _earlier_rows(path: Path) -> "pd.DataFrame":
-    """Return the measures in the table of an earlier audit, by digest."""
+def _earlier_table(path: Path) -> "pd.DataFrame | None":
+    """Return the table of an earlier audit, None where there is none of the present form."""
     import pandas as pd
 
     from pipelines.checks.judge import DERIVED
 
     if not path.exists():
-        return pd.DataFrame()
-    rows = pd.read_parquet(path).drop(columns=DERIVED)
-    return rows.set_index(rows["digest"].rename(None))
+        return None
+    table = pd.read_parquet(path)
+    return table if {"digest", *DERIVED} <= {*table.columns} else None
 
 
 def _chunked(stream: Iterator[Any]) -> Iterator[list[Any]]:

@@ -212,6 +212,12 @@ def test_a_changed_example_is_measured_anew(change: dict[str, Any], measured, ma
     assert taken_over(table) == [False, True, True, True]
 
 
+def test_a_table_of_another_form_is_not_taken_over(measured, marked: Path) -> None:
+    pd.read_parquet(marked).drop(columns="label_key").to_parquet(marked)
+    table, _ = measured(faces(4), marked)
+    assert taken_over(table) == [False] * 4
+
+
 def test_other_detectors_measure_anew(measured, marked: Path) -> None:
     table, _ = measured(faces(4), marked, detectors=("blazeface",))
     assert taken_over(table) == [False] * 4
