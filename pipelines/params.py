@@ -203,8 +203,10 @@ class NoFace(Check):
 
     @model_validator(mode="after")
     def _votes_can_be_cast(self) -> Self:
-        if self.votes > len(set(self.detectors)):
-            raise ValueError(f"{self.votes} votes, but {len(set(self.detectors))} detectors")
+        if len(set(self.detectors)) < len(self.detectors):
+            raise ValueError("a detector is named twice")
+        if self.votes > len(self.detectors):
+            raise ValueError(f"{self.votes} votes, but {len(self.detectors)} detectors")
         return self
 
 

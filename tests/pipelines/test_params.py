@@ -160,6 +160,11 @@ def test_missing_transform_name(load: Load) -> None:
             {"action": "flag", "detectors": ["haar"], "votes": 2},
             "filter.checks.no_face: 2 votes, but 1 detectors",
         ),
+        (
+            "filter.checks.no_face",
+            {"action": "flag", "detectors": ["haar", "haar"], "votes": 1},
+            "filter.checks.no_face: a detector is named twice",
+        ),
         ("filter.overrides", {"fer2031": {}}, "filter: overrides names unknown datasets: fer2031"),
         ("filter.restore", {"fer2031": []}, "filter: restore names unknown datasets: fer2031"),
     ],
