@@ -71,7 +71,9 @@ def main() -> None:
     rounds = [{arm: in_its_own_process(arm, args) for arm in COMPARED} for _ in range(args.repeats)]
     others = {arm: in_its_own_process(arm, args) for arm in OTHERS}
     results = {
-        "command": " ".join(["python -m benchmarks.data", *sys.argv[1:]]),
+        "command": f"python -m benchmarks.data --archive {args.archive.name}"
+        + (f" --limit {args.limit}" if args.limit else "")
+        + f" --repeats {args.repeats}",
         "date": f"{datetime.now(UTC):%Y-%m-%d}",
         "images": total,
         "rounds": rounds,
@@ -373,10 +375,12 @@ def page(results: dict[str, Any]) -> str:
         )
     cascade = images / others["cascade-loop"]["seconds"]
     facts = "".join(f"- {name}: {text}\n" for name, text in results.get("machine", {}).items())
+    how = (__doc__ or "").split("\n\n")[2]
     ratios = ("1 process to the loop", "2 processes to 1", "2 processes to two loops")
     return (
         f"# Speed of the data stages\n\nWritten by\n\n```\n{results['command']}\n```\n\n"
-        f"on {results['date']}: {images:,} images of FER-2013, {len(rounds)} rounds.\n\n{__doc__}\n"
+        f"on {results['date']}: {images:,} images of FER-2013, rounds: {len(rounds)}.\n\n"
+        f"{how}\n"
         "## Images a second, medians; ratios with their range\n\n"
         + markdown(speeds, ("stage", "loop", "two loops", "1 process", "2 processes", *ratios))
         + f"\nThe cascade alone, as the projects before this one filtered: {cascade:,.0f}.\n\n"

@@ -101,7 +101,7 @@ def usable(clean: Path, index_path: Path, name: TaskName) -> "pd.DataFrame":
 
     from pipelines.datasets.table import parts, read_examples
 
-    split = pd.read_parquet(index_path).set_index("id")["split"]
+    split = pd.read_parquet(index_path).set_index("id")["split"].to_dict()
     rows = []
     for part in parts(clean):
         for example in read_examples(part, images=False):
