@@ -188,8 +188,10 @@ def sieve(index: Path, folder: Path) -> None:
 
 
 def _settings(params: dict[str, Any], arm: str) -> dict[str, Any]:
-    """Return the parameters that the arm's shards depend on."""
+    """Return the parameters and the code that the arm's shards depend on."""
+    code = hashlib.sha256(b"".join(path.read_bytes() for path in _sources()))
     settings = {
+        "code": code.hexdigest(),
         "task": params["tasks"][TASK],
         "split": params["split"],
         "augment": {name: params["augment"][name] for name in ("seed", TASK)},
@@ -203,12 +205,19 @@ def _settings(params: dict[str, Any], arm: str) -> dict[str, Any]:
     return settings
 
 
+def _sources() -> list[Path]:
+    stages = ("filter", "split", "augment", "views", "crops", "families")
+    modules = [ROOT / "pipelines" / f"{name}.py" for name in stages]
+    return [*modules, *sorted((ROOT / "pipelines/checks").glob("*.py")), ROOT / "models/schemes.py"]
+
+
 def _refuse_other_settings(folder: Path, settings: dict[str, Any]) -> None:
     path = folder / "settings.json"
     if path.exists() and json.loads(path.read_text()) != settings:
         raise GrimaceError(
-            f"{folder} was prepared with other parameters than params.yaml and the command line "
-            f"give now: restore those in {path}, or remove the folder to prepare it anew"
+            f"{folder} was prepared by other code, or with other parameters than params.yaml and "
+            f"the command line give now: restore what {path} says, or remove the folder to "
+            "prepare it anew"
         )
     folder.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(settings, indent=2) + "\n")
