@@ -12,8 +12,9 @@ The checks, and what each does, stand in params.yaml under `filter`.
 # A spawned worker imports this module too, so what only the parent needs is imported inside.
 import argparse
 import json
+import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from functools import partial
@@ -245,8 +246,8 @@ def collect_pictures(
     """Collect small pictures of what each check found, at most 48 each.
 
     Returns:
-        By check, captions and uint8 (H, W, 3) pictures of at most 112 pixels; landmarks are drawn
-        where they are what was judged.
+        By check, captions (id, class, score, and whether it is dropped) and uint8 (H, W, 3)
+        pictures of at most 112 pixels; landmarks are drawn where they are what was judged.
     """
     from pipelines.crops import UnreadableImageError, decode
 
@@ -255,7 +256,8 @@ def collect_pictures(
     for check, ids in chosen.items():
         for place, id in enumerate(ids):
             wanted.setdefault(id, []).append((check, place))
-    rows = table.set_index("id")
+    rows = table.set_index("id")[["class", "kept"]].to_dict("index")
+    scores = {(finding.check, finding.id): finding.score for finding in findings}
     found: dict[str, dict[int, tuple[str, np.ndarray]]] = {check: {} for check in chosen}
     for example in read():
         if example.id not in wanted:
@@ -264,10 +266,10 @@ def collect_pictures(
             rgb = decode(example.image, 3)
         except UnreadableImageError:
             continue
-        row = rows.loc[example.id]
-        caption = f"{example.id} {row['class']} {'kept' if row['kept'] else 'dropped'}"
         for check, place in wanted[example.id]:
             drawn = check.startswith("landmarks")
+            score = scores.get((check, example.id), math.nan)
+            caption = _caption(example.id, rows[example.id], score)
             found[check][place] = (caption, _thumbnail(rgb, example if drawn else None))
     return {
         check: [pictures[place] for place in sorted(pictures)]
@@ -299,6 +301,12 @@ def choose_pictures(table: "pd.DataFrame", findings: "Sequence[Finding]") -> dic
         even = np.linspace(0, len(ids) - 1, min(SHEET, len(ids))).round().astype(int)
         chosen[check] = [ids[place] for place in even]
     return chosen
+
+
+def _caption(id: str, row: dict[Hashable, Any], score: float) -> str:
+    label = "" if row["class"] == "unlabelled" else row["class"]
+    shown = "" if math.isnan(score) else f"{score:.2f}"
+    return " ".join(filter(None, [id, label, shown, "" if row["kept"] else "dropped"]))
 
 
 def _thumbnail(rgb: "np.ndarray", drawn: "Example | None") -> "np.ndarray":
