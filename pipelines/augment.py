@@ -62,7 +62,7 @@ def main() -> None:
     index = usable(Path("data/clean", task.dataset), split, args.task)
 
     shards = Path("data/augment", args.task)
-    workers = params.augment.workers or os.cpu_count() or 1
+    workers = params.augment.workers or len(os.sched_getaffinity(0))
     with whole_folder(shards) as out:
         taken_over = write_shards(recipe, index, out, workers, params.cluster.address, shards)
     print(f"{taken_over} rows taken over from the last run")
