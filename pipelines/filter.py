@@ -14,6 +14,8 @@ import argparse
 import json
 import math
 import os
+import shlex
+import sys
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
@@ -71,16 +73,17 @@ def main() -> None:
         )
         table, findings = judge(measures, kept, checks, restore, workers, _earlier_table(previous))
 
-    _refuse_unknown(restore, table, args.dataset)
     _refuse_nothing_kept(table, findings, args.dataset)
-    if not args.archive:
+    if not args.archive:  # which may be a part of the dataset, or another packing of it
+        _refuse_unknown(restore, table, args.dataset)
         _refuse_unusable(table, args.dataset)
         write_clean(read, table, Path("data/clean", args.dataset))
     show = params.filter.pictures and not args.no_pictures
+    command = shlex.join(["uv", "run", "python", "-m", "pipelines.filter", *sys.argv[1:]])
     pictures = collect_pictures(read, table, findings) if show else {}
     counts = summary(table, findings)
     with whole_folder(report) as partial_report:
-        write_report(partial_report, args.dataset, table, findings, pictures, checks)
+        write_report(partial_report, args.dataset, table, findings, pictures, checks, command)
     if not args.archive:
         report.with_suffix(".json").write_text(json.dumps(counts, indent=2) + "\n")
     _print(counts, checks, report)
@@ -348,8 +351,9 @@ def write_report(
     findings: "Sequence[Finding]",
     pictures: "Pictures",
     checks: "Checks",
+    command: str = "",
 ) -> None:
-    """Write the tables and the page of an audit."""
+    """Write the tables and the page of an audit; the page quotes the command that made it."""
     import pandas as pd
 
     from pipelines.checks import Finding
@@ -371,6 +375,7 @@ def write_report(
         findings=listed,
         pictures=pictures,
         checks=checks,
+        command=command,
     )
 
 

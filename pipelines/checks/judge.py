@@ -20,8 +20,18 @@ from pipelines.params import Above, Below, Check, Checks, Mislabelled
 NAN = float("nan")
 SEED = 2026  # of the folds
 
-# The columns that judging adds to the measures.
+# What doubting labels depends on besides the examples.
 LABEL_SOURCES = ("pipelines/checks/labels.py", "models/backbones.py")
+LABEL_LIBRARIES = (
+    "cleanlab",
+    "keras",
+    "numpy",
+    "opencv-python-headless",
+    "scikit-learn",
+    "tensorflow",
+)
+
+# The columns that judging adds to the measures.
 LABEL_COLUMNS = ["label_quality", "label_doubted", "label_key"]
 DERIVED = ["landmarks_implausible", *LABEL_COLUMNS, "cluster", "kept", "weight", "reason"]
 
@@ -309,10 +319,11 @@ def _label_key(
     root = Path(__file__).parents[2]
     sources = [root.joinpath(name).read_text() for name in LABEL_SOURCES]
     settings = rule.model_dump(exclude={"action", "weight", "threshold"})
-    versions = [version(name) for name in ("cleanlab", "scikit-learn", "tensorflow", "keras")]
+    versions = [version(name) for name in LABEL_LIBRARIES]
     named = (sources, versions, settings, SEED, ids, groups, codes.tolist())
     key = hashlib.sha256(repr(named).encode())
-    key.update(faces.tobytes())
+    for start in range(0, len(faces), 4096):
+        key.update(faces[start : start + 4096].tobytes())
     return key.hexdigest()
 
 

@@ -34,6 +34,7 @@ SOURCES = (
     "checks/landmarks.py",
     "checks/measures.py",
     "crops.py",
+    "../models/schemes.py",
 )
 LIBRARIES = (
     "ai-edge-litert",
@@ -43,6 +44,7 @@ LIBRARIES = (
     "numpy",
     "opencv-python-headless",
     "pillow",
+    "scipy",  # the cosine transform of the perceptual hash
 )
 
 # Of a row; the detectors' counts follow.
