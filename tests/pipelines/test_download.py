@@ -136,6 +136,15 @@ def test_unknown_sum_warns_or_stops(capsys: pytest.CaptureFixture[str]) -> None:
         assert part in str(raised.value)
 
 
+def test_where_no_sum_is_listed_none_is_missed(capsys: pytest.CaptureFixture[str]) -> None:
+    archive = open_archive(make_archive(Path("mine.zip")))
+    report = download.check_sum("folder", archive, source(sha256=[]))
+    assert (report["known"], report["sha256"]) == (False, sha256(archive.path))
+    assert "warning" not in capsys.readouterr().err
+    with pytest.raises(GrimaceError):
+        download.check_sum("folder", archive, source(sha256=[], require_known=True))
+
+
 def test_folder_has_a_sum_of_names_and_contents(tmp_path: Path) -> None:
     def digest() -> str:
         return str(download.check_sum("x", open_archive(folder), source())["sha256"])
