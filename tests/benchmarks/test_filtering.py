@@ -123,9 +123,7 @@ def test_prepare_refuses_a_folder_of_other_parameters(
     (tmp_path / "work/unfiltered").mkdir(parents=True)
     settings = {"augment": {"seed": 1}}
     (tmp_path / "work/unfiltered/settings.json").write_text(json.dumps(settings))
-    with pytest.raises(
-        GrimaceError, match=r"unfiltered was prepared by other code, or"
-    ):
+    with pytest.raises(GrimaceError, match=r"unfiltered was prepared by other code, or"):
         filtering.prepare("unfiltered", Path("work"), threads=1, limit=None)
 
 

@@ -35,9 +35,7 @@ def test_highest_accuracy_is_first():
 
 def test_lowest_error_is_first():
     figures = {"a": 0.07, "b": 0.05, "c": 0.06}
-    measured = {
-        name: scores("landmarks", nme_interocular=value) for name, value in figures.items()
-    }
+    measured = {name: scores("landmarks", nme_interocular=value) for name, value in figures.items()}
     assert list(select.rank(measured, NME)["model"]) == ["b", "c", "a"]
 
 
