@@ -14,6 +14,7 @@ from pipelines.datasets.example import Example
 # Fewer points than this have no shape, and fewer shapes than this no distribution.
 FEWEST_POINTS = 4
 FEWEST_SHAPES = 20
+ENOUGH_SHAPES = 600  # with the same points and more
 
 # A part is folded when its order is reversed by this share of its usual length.
 REVERSED = 0.5
@@ -158,8 +159,8 @@ def implausible(landmarks: np.ndarray, visible: np.ndarray) -> np.ndarray:
 
     A point distribution model (Cootes et al. 1995): shapes, freed of position, size and rotation,
     follow a normal distribution, whose covariance (shrunk, Ledoit and Wolf 2004) is learnt from
-    the most usual of the other shapes. Where points are missing, a shape is compared with all
-    those that have its visible points, by these alone.
+    the most usual of the other shapes. Where points are missing, a shape is compared with those
+    that have its visible points, by these alone.
 
     Args:
         landmarks: float (n, N, 2), one scheme; what is not visible is not read.
@@ -174,9 +175,14 @@ def implausible(landmarks: np.ndarray, visible: np.ndarray) -> np.ndarray:
     scores = np.zeros(len(landmarks))
     patterns, which = np.unique(visible, axis=0, return_inverse=True)
     for number, pattern in enumerate(patterns):
-        peers = np.flatnonzero(np.all(visible[:, pattern], axis=1))
-        if pattern.sum() >= FEWEST_POINTS and len(peers) >= FEWEST_SHAPES:
-            mine = which.ravel()[peers] == number
+        peers = np.all(visible[:, pattern], axis=1)
+        if pattern.sum() >= FEWEST_POINTS and peers.sum() >= FEWEST_SHAPES:
+            mine = which.ravel() == number
+            # There may be nearly as many patterns as shapes: each is compared with some others only.
+            others = np.flatnonzero(peers & ~mine)
+            spread = np.linspace(0, len(others) - 1, min(len(others), ENOUGH_SHAPES))
+            peers = np.union1d(np.flatnonzero(mine), others[spread.astype(int)])
+            mine = mine[peers]
             # Many small matrices: threads wait for each other rather than share the work.
             with threadpool_limits(1):
                 distances = _distances(landmarks[peers][:, pattern])
