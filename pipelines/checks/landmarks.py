@@ -178,7 +178,7 @@ def implausible(landmarks: np.ndarray, visible: np.ndarray) -> np.ndarray:
         peers = np.all(visible[:, pattern], axis=1)
         if pattern.sum() >= FEWEST_POINTS and peers.sum() >= FEWEST_SHAPES:
             mine = which.ravel() == number
-            # There may be nearly as many patterns as shapes: each is compared with some others only.
+            # There may be nearly as many patterns as shapes: compare each with some others only.
             others = np.flatnonzero(peers & ~mine)
             spread = np.linspace(0, len(others) - 1, min(len(others), ENOUGH_SHAPES))
             peers = np.union1d(np.flatnonzero(mine), others[spread.astype(int)])
