@@ -8,6 +8,7 @@ from cleanvision.issue_managers.image_property import (
     BrightnessProperty,
     EntropyProperty,
 )
+from cleanvision.utils.constants import MAX_RESOLUTION_FOR_BLURRY_DETECTION
 from PIL import Image
 
 # As CleanVision's own issue manager sets them.
@@ -23,8 +24,9 @@ RAW = (
     "blurriness_grayscale_std",
 )
 
-# Brightness and information of a larger picture show in its reduced version as well.
-SIDE = 128
+# CleanVision reduces a picture to this before it judges its sharpness; brightness and information
+# show as well there.
+SIDE = MAX_RESOLUTION_FOR_BLURRY_DETECTION
 
 
 def measure_image(rgb: np.ndarray) -> dict[str, float]:
