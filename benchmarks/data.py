@@ -7,7 +7,9 @@ a notebook: one process, one image at a time, the same checks or the same transf
 measurement has a process of its own, and rounds are interleaved, so that what else the machine
 does falls on all alike. Times are those of the work, without the start of Python, but the two
 worker processes of a stage start within them. Two such loops side by side, each on half of the
-images, show what the second core of the machine is worth.
+images, show what the second core of the machine is worth. Of `filter`, this is the measuring of
+every image; what it then does with the table of measures (comparing hashes, training for the check
+of labels) no loop over images could do.
 """
 
 import argparse
@@ -238,24 +240,33 @@ def filter_loop(work: Path, rows: np.ndarray) -> None:
     import pandas as pd
 
     from pipelines.checks import duplicates, faces, image, landmarks
+    from pipelines.checks.measures import FACE_MARGIN, FACE_SIDE
+    from pipelines.crops import crop, decode, face_box
     from pipelines.params import load_params
 
     detectors = load_params().filter.checks_of(DATASET).no_face.detectors
-    table, small = [], []
+    table = []
+    pictures: dict[str, list[np.ndarray]] = {"coarse": [], "details": [], "faces": []}
     for example in read(work, rows):
-        rgb = _picture(example, cv2.IMREAD_COLOR_RGB)
-        reduced = duplicates.small_version(cv2.cvtColor(rgb, cv2.COLOR_RGB2GRAY))
+        rgb = decode(example.image, 3)  # refuses what is damaged, as a check of `filter`
+        grey = cv2.cvtColor(rgb, cv2.COLOR_RGB2GRAY)
+        small = duplicates.small_version(grey)
+        # What the search for near copies and the check of labels work on.
+        pictures["coarse"].append(duplicates.coarse_version(small))
+        pictures["details"].append(duplicates.details(small))
+        box = face_box(example, grey.shape, FACE_MARGIN)
+        pictures["faces"].append(crop(grey, box, FACE_SIDE))
         row: dict[str, Any] = {"id": example.id, "pixels": duplicates.pixel_digest(rgb)}
-        row["hash"], row["mirror_hash"] = duplicates.perceptual_hashes(reduced)
+        row["hash"], row["mirror_hash"] = duplicates.perceptual_hashes(small)
         row |= image.measure_image(rgb) | faces.detect(rgb, detectors)
         row |= faces.box_measures(example, rgb.shape)
         row |= landmarks.measure_landmarks(example, rgb.shape)
         table.append(row)
-        small.append(reduced)
     frame = pd.DataFrame(table)
     out = _own_folder(work)
     frame.join(image.score_images(frame)).to_parquet(out / "measures.parquet")
-    np.save(out / "small.npy", np.stack(small))
+    for name, each in pictures.items():
+        np.save(out / f"{name}.npy", np.stack(each))
 
 
 def augment_loop(work: Path, rows: np.ndarray) -> None:

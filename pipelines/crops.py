@@ -36,10 +36,12 @@ def decode(encoded: bytes, channels: int) -> np.ndarray:
         raise UnreadableImageError("zero bytes")
     try:
         with Image.open(io.BytesIO(encoded)) as picture:
-            upright = ImageOps.exif_transpose(picture)
+            ImageOps.exif_transpose(picture, in_place=True)
+            upright: Image.Image = picture
             if upright.mode.startswith("I;16"):  # Pillow would cut off at 255, not scale
                 upright = Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
-            pixels = np.asarray(upright.convert("L" if channels == 1 else "RGB"))
+            mode = "L" if channels == 1 else "RGB"
+            pixels = np.asarray(upright if upright.mode == mode else upright.convert(mode))
     # Pillow's decoders raise whatever their format's parser meets.
     except Exception as error:
         text = str(error).split(" <")[0] or type(error).__name__

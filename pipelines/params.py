@@ -218,8 +218,9 @@ class Mislabelled(Check):
             small convolutional network: minutes).
         folds: the predictions on each come from a model trained on the others.
         epochs: of the network.
-        threshold: label quality (the predicted probability of the given label, 0-1) below which
-            a label that confident learning singles out is a finding.
+        threshold: label quality below which a label that confident learning singles out is a
+            finding: the margin by which it is predicted over every other, from 0 (another class is
+            certain) over 0.5 (a tie) to 1.
     """
 
     estimator: Literal["linear", "network"]

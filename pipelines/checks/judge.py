@@ -332,7 +332,7 @@ def _mislabelled(table: pd.DataFrame, checks: Checks) -> list[Finding]:
     wrong = table[table["label_doubted"] & (table["label_quality"] < rule.threshold)]
     scores = wrong["label_quality"].tolist()
     evidence = [
-        f"labelled {given}, which others like it make {score:.0%} probable"
+        f"labelled {given}, but another class is likelier by {1 - 2 * score:.0%}"
         for given, score in zip(wrong["class"], scores, strict=True)
     ]
     return _found(wrong, "mislabelled", rule, evidence, scores, rule.threshold)

@@ -40,8 +40,10 @@ def suspected(
         seed: of the folds and the network.
 
     Returns:
-        The quality of each label, float64 (n,): the probability that the given label is predicted
-        with, in [0, 1]; NaN where it was not judged. And bool (n,), which labels confident learning
+        The quality of each label, float64 (n,): by how much the given label is likelier than every
+        other, from 0 (another is certain) over 0.5 (a tie) to 1; NaN where it was not judged. It is
+        a margin, not the label's own probability: of a rare class models are never sure, and they
+        would doubt it wholesale. And bool (n,), which labels confident learning
         singles out as wrong.
     """
     quality, doubted = np.full(len(labels), np.nan), np.zeros(len(labels), bool)
@@ -52,7 +54,7 @@ def suspected(
     probabilities = out_of_fold(images[rows], codes, np.asarray(groups, str)[rows], settings, seed)
     answered = np.isfinite(probabilities).all(1)
     rows, codes, probabilities = rows[answered], codes[answered], probabilities[answered]
-    quality[rows] = get_label_quality_scores(codes, probabilities)
+    quality[rows] = get_label_quality_scores(codes, probabilities, method="normalized_margin")
     # What both of their pruning rules name: a wrong suspicion costs a good example.
     doubted[rows] = find_label_issues(codes, probabilities, filter_by="both", n_jobs=1)
     return quality, doubted

@@ -313,7 +313,8 @@ def _suspects(table: pd.DataFrame, findings: pd.DataFrame, checks: Checks) -> li
     columns = ["class", "id", "score", "action"]
     return [
         f"{len(known):,} labels contradict predictions by models that were trained without them. "
-        "The score is the probability that they give to the label.",
+        "The score is the margin of the label over every other class: 0 means that another is "
+        "certain, 0.5 a tie.",
         pages.table(
             counts.reset_index(),
             "Suspected labels by class",

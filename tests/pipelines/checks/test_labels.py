@@ -8,8 +8,8 @@ from pipelines.crops import crop, decode, face_box
 from pipelines.datasets import synthetic
 from pipelines.params import Mislabelled
 
-LINEAR = Mislabelled(action="flag", estimator="linear", folds=4, epochs=1, threshold=0.1)
-NETWORK = Mislabelled(action="flag", estimator="network", folds=2, epochs=6, threshold=0.1)
+LINEAR = Mislabelled(action="flag", estimator="linear", folds=4, epochs=1, threshold=0.3)
+NETWORK = Mislabelled(action="flag", estimator="network", folds=2, epochs=6, threshold=0.3)
 
 Faces = tuple[np.ndarray, np.ndarray, list[str]]
 
