@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 CHUNK = 512  # examples a task: a second of work, far more than handing them over costs
 SHEET = 48  # pictures shown for a check
 SHOWN_SIDE = 112  # pixels of a shown picture, at most
+COPIES = ("exact_duplicate", "near_duplicate")  # the checks that find clusters
 
 Read = Callable[[], Iterator["Example"]]
 
@@ -434,6 +435,13 @@ def _print(counts: dict[str, Any], checks: "Checks", report: Path) -> None:
         shown.add_row(name, getattr(checks, name).action, f"{found:,}", f"{dropped:,}")
     Console().print(shown)
     print(f"the report: {report / 'report.html'}")
+    off = [name for name in COPIES if getattr(checks, name).action == "off"]
+    if off:
+        print(
+            f"warning: {' and '.join(off)} is off: such copies are not known to each other, so "
+            "`split` cannot keep them on one side",
+            file=sys.stderr,
+        )
 
 
 if __name__ == "__main__":

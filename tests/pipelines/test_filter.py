@@ -489,6 +489,19 @@ def test_an_audit_can_be_repeated_but_replaces_nothing_else(
     assert Path("mine/thesis.txt").read_text() == "do not lose"
 
 
+def test_what_split_can_no_longer_do_is_told(
+    command: Callable[..., None], archive: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ("--dataset", "fer2013", "--archive", archive, "--out", "audit")
+    command(*given)
+    assert "is off" not in capsys.readouterr().err
+    params = yaml.safe_load(Path("params.yaml").read_text())
+    params["filter"]["checks"]["near_duplicate"]["action"] = "off"
+    Path("params.yaml").write_text(yaml.safe_dump(params))
+    command(*given)
+    assert "warning: near_duplicate is off" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("given", [["--archive", "x.zip"], ["--out", "x"]])
 def test_archive_and_out_go_together(
     given: list[str], command: Callable[..., None], capsys: pytest.CaptureFixture[str]
