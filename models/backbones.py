@@ -1,11 +1,12 @@
 """Convolutional feature extractors shared by the emotion and the landmark heads.
 
-Both keep to what int8 runtimes do well: ordinary 3×3 convolutions, batch normalisation (folded
-away on export) and ReLU6, whose output range is bounded. There is no squeeze-and-excite and no
-hard-swish: both lose accuracy when their wide-ranging products are rounded to eight bits.
+All keep to what int8 runtimes do well: ordinary 3×3 convolutions, batch
+normalisation (folded away on export) and ReLU6, whose output range is bounded. There is no
+squeeze-and-excite and no hard-swish: both lose accuracy when their wide-ranging products are
+rounded to eight bits.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import keras
 from keras import layers
@@ -49,10 +50,64 @@ def residual(
         Features, (N, H / (stem_stride · 2^len(widths)), …, widths[-1]).
     """
     x = _conv(x, widths[0] // 2, strides=stem_stride)
-    for width in widths:
-        x = _residual_block(x, width, strides=2)
-        x = _residual_block(x, width, strides=1)
+    return _residual_stages(x, widths)[-1]
+
+
+def pyramid(x: keras.KerasTensor, widths: Sequence[int], stem_stride: int = 1) -> keras.KerasTensor:
+    """Add the later stages of `residual` to its first, as large as that one is.
+
+    The top-down path of a feature pyramid (Lin et al. 2017, section 3), with a 3×3 convolution
+    after every addition.
+
+    Args:
+        x: features, (N, H, W, C) float, with H and W divisible by stem_stride · 2^len(widths).
+        widths: channels of each stage, as for `residual`.
+        stem_stride: stride of the stem, 2 for inputs twice as large.
+
+    Returns:
+        Features, (N, H / (2 · stem_stride), …, widths[-1] / 2).
+    """
+    x = _conv(x, widths[0] // 2, strides=stem_stride)
+    *earlier, x = _residual_stages(x, widths)
+    x = _conv(x, widths[-1] // 2, size=1)
+    for stage in reversed(earlier):
+        # Not "nearest", which Keras turns into six-dimensional broadcasts.
+        x = layers.UpSampling2D(2, interpolation="bilinear")(x)
+        x = layers.Add()([x, _conv(stage, widths[-1] // 2, size=1)])
+        x = _conv(x, widths[-1] // 2)
     return x
+
+
+def residual_full(
+    x: keras.KerasTensor, widths: Sequence[int], stem_stride: int = 1
+) -> keras.KerasTensor:
+    """Stack the blocks of `residual` with a wide stem and a first stage that halves nothing.
+
+    The layout of ResNet-18 for small images: costlier by far, but no detail is given away before
+    it has been looked at.
+
+    Args:
+        x: features, (N, H, W, C) float.
+        widths: channels of each stage of two blocks; every stage but the first starts by halving
+            height and width.
+        stem_stride: stride of the stem, 2 for inputs twice as large.
+
+    Returns:
+        Features, (N, H / (stem_stride · 2^(len(widths) - 1)), …, widths[-1]).
+    """
+    x = _conv(x, widths[0], strides=stem_stride)
+    return _residual_stages(x, widths, first_stride=1)[-1]
+
+
+def _residual_stages(
+    x: keras.KerasTensor, widths: Sequence[int], first_stride: int = 2
+) -> list[keras.KerasTensor]:
+    stages = []
+    for index, width in enumerate(widths):
+        x = _residual_block(x, width, strides=2 if index else first_stride)
+        x = _residual_block(x, width, strides=1)
+        stages.append(x)
+    return stages
 
 
 def _residual_block(x: keras.KerasTensor, width: int, strides: int) -> keras.KerasTensor:
@@ -66,10 +121,7 @@ def _residual_block(x: keras.KerasTensor, width: int, strides: int) -> keras.Ker
     return layers.ReLU(max_value=6.0)(layers.Add()([y, shortcut]))
 
 
-def _conv(x: keras.KerasTensor, width: int, strides: int = 1) -> keras.KerasTensor:
-    x = layers.Conv2D(width, 3, strides=strides, padding="same", use_bias=False)(x)
+def _conv(x: keras.KerasTensor, width: int, strides: int = 1, size: int = 3) -> keras.KerasTensor:
+    x = layers.Conv2D(width, size, strides=strides, padding="same", use_bias=False)(x)
     x = layers.BatchNormalization(momentum=MOMENTUM)(x)
     return layers.ReLU(max_value=6.0)(x)
-
-
-BACKBONES: dict[str, Callable[..., keras.KerasTensor]] = {"plain": plain, "residual": residual}

@@ -1,32 +1,66 @@
+from collections.abc import Callable
+
 import keras
 import numpy as np
 import pytest
 from keras import layers
 
-from models.backbones import BACKBONES, residual
+from models.backbones import plain, pyramid, residual, residual_full
+
+Backbone = Callable[..., keras.KerasTensor]
 
 
-def features(name: str, size: int, widths: list[int], stem_stride: int = 1) -> keras.Model:
+def features(backbone: Backbone, size: int, widths: list[int], stem_stride: int = 1) -> keras.Model:
     inputs = keras.Input((size, size, 3))
-    return keras.Model(inputs, BACKBONES[name](inputs, widths, stem_stride=stem_stride))
+    return keras.Model(inputs, backbone(inputs, widths, stem_stride=stem_stride))
 
 
-@pytest.mark.parametrize("name", BACKBONES)
+@pytest.mark.parametrize("backbone", [plain, residual])
 @pytest.mark.parametrize(
     ("size", "widths", "stem_stride", "side"),
     [(16, [4], 1, 8), (48, [4, 6, 8], 1, 6), (96, [4, 6, 8], 2, 6), (32, [4, 8], 2, 4)],
 )
 def test_each_block_halves(
-    name: str, size: int, widths: list[int], stem_stride: int, side: int
+    backbone: Backbone, size: int, widths: list[int], stem_stride: int, side: int
 ) -> None:
-    model = features(name, size, widths, stem_stride)
+    model = features(backbone, size, widths, stem_stride)
     assert model.output_shape == (None, side, side, widths[-1])
 
 
-@pytest.mark.parametrize("name", BACKBONES)
-def test_it_keeps_to_what_int8_does_well(name: str) -> None:
-    model = features(name, 32, [4, 8])
-    allowed = {"InputLayer", "Conv2D", "BatchNormalization", "ReLU", "MaxPooling2D", "Add"}
+@pytest.mark.parametrize(
+    ("size", "widths", "stem_stride", "side"),
+    [(16, [4], 1, 16), (48, [4, 6, 8], 1, 12), (96, [4, 6, 8], 2, 12)],
+)
+def test_the_first_stage_may_halve_nothing(
+    size: int, widths: list[int], stem_stride: int, side: int
+) -> None:
+    model = features(residual_full, size, widths, stem_stride)
+    assert model.output_shape == (None, side, side, widths[-1])
+
+
+@pytest.mark.parametrize(
+    ("size", "widths", "stem_stride", "side"),
+    [(16, [4], 1, 8), (48, [4, 6, 8], 1, 24), (96, [4, 6, 8], 2, 24)],
+)
+def test_a_pyramid_is_as_large_as_its_first_stage(
+    size: int, widths: list[int], stem_stride: int, side: int
+) -> None:
+    model = features(pyramid, size, widths, stem_stride)
+    assert model.output_shape == (None, side, side, widths[-1] // 2)
+
+
+@pytest.mark.parametrize("backbone", [plain, residual, residual_full, pyramid])
+def test_it_keeps_to_what_int8_does_well(backbone: Backbone) -> None:
+    model = features(backbone, 32, [4, 8])
+    allowed = {
+        "InputLayer",
+        "Conv2D",
+        "BatchNormalization",
+        "ReLU",
+        "MaxPooling2D",
+        "Add",
+        "UpSampling2D",
+    }
     assert {type(layer).__name__ for layer in model.layers} <= allowed
     for layer in model.layers:
         if isinstance(layer, layers.Conv2D):
