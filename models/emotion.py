@@ -8,7 +8,6 @@ from keras import layers
 from models.backbones import BACKBONES
 from models.schemes import EMOTIONS
 
-
 NETWORKS = BACKBONES
 
 

@@ -7,7 +7,6 @@ from keras import layers
 
 from models.backbones import BACKBONES, MOMENTUM
 
-
 NETWORKS = BACKBONES
 
 

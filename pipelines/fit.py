@@ -18,7 +18,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -171,7 +170,8 @@ def compare_precisions(job: Job, shards: Path) -> str:
     job = replace(job, teachers=())
     batches = training_batches(job, view, 0, None)
     batches.order = batches.order[: TIMED_STEPS * job.batch]
-    models, seconds = {}, {}
+    models: dict[str, keras.Model] = {}
+    seconds: dict[str, float] = {}
     for precision in ("float32", "mixed_bfloat16"):
         keras.mixed_precision.set_global_policy(precision)
         models[precision] = build(job, meta)

@@ -57,7 +57,7 @@ def mix(
     _, height, width, _ = images.shape
     side = math.sqrt(1 - share)
     (top, bottom), (left, right) = (
-        _cut(length, side, rng.integers(length)) for length in (height, width)
+        _cut(length, side, int(rng.integers(length))) for length in (height, width)
     )
     mixed = images.copy()
     mixed[:, top:bottom, left:right] = images[partner, top:bottom, left:right]
