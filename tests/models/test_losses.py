@@ -48,7 +48,7 @@ KINDS = list(PENALTIES)
 
 
 def draw(batch: int = 5, points: int = 68) -> tuple[np.ndarray, np.ndarray]:
-    """Truth with mask (B, N, 3) and predictions (B, N, 2): errors on both sides of any threshold."""
+    """Truth with mask (B, N, 3) and predictions (B, N, 2), with errors both small and large."""
     rng = np.random.default_rng(3)
     visible = (rng.random((batch, points, 1)) < 0.7).astype(np.float32)
     truth = rng.random((batch, points, 2)).astype(np.float32)
@@ -115,9 +115,9 @@ def test_a_wing_without_a_jump() -> None:
     """Value and slope of the adaptive wing meet where its two parts do."""
     errors = np.array([W - 1e-4, W + 1e-4], np.float32)
     predicted = tf.Variable(np.stack([errors, errors], -1)[None])
-    truth = np.zeros((1, 2, 3), np.float32) + [0, 0, 1]
+    truth = np.array([[[0, 0, 1], [0, 0, 1]]], np.float32)
     with tf.GradientTape() as tape:
-        loss = landmark_loss("adaptive_wing")(truth.astype(np.float32), predicted)
+        loss = landmark_loss("adaptive_wing")(truth, predicted)
     slopes = tape.gradient(loss, predicted).numpy()[0, :, 0] * 4
     assert np.allclose(slopes, 1, atol=0.01)
     assert adaptive_wing(W - 1e-9) == pytest.approx(adaptive_wing(W))
