@@ -11,8 +11,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from shutil import rmtree
 
-import psutil
-
 COSTS = Path("reports/costs.jsonl")
 
 
@@ -48,8 +46,13 @@ def _disk_is_full(error: OSError) -> bool:
 def _tell_costs() -> None:
     """Say what this process took, and note it in `reports/costs.jsonl` for `report --publish`.
 
-    Memory is the largest resident set of this process or any one of its children.
+    Memory is the largest resident set of this process or any one of its children. A machine that
+    only trains may lack psutil: there nothing is said.
     """
+    try:
+        import psutil
+    except ImportError:
+        return
     seconds = time.time() - psutil.Process().create_time()
     kinds = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
     peak = max(resource.getrusage(kind).ru_maxrss for kind in kinds) / 1024

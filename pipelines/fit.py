@@ -1,22 +1,23 @@
 """The fit loop: one job file plus one folder of shards in, one trained model out.
 
-Keras and NumPy are all it imports, so the same job runs under any Keras backend and on a machine
+Keras and NumPy are all it needs, so the same job runs under any Keras backend and on a machine
 without TensorFlow:
 
     KERAS_BACKEND=jax python -m pipelines.fit --job job.json --shards DIR --out DIR
 
 After every epoch the whole state is saved; killed at any moment, the same command goes on from
-there. The order of images follows from the seed and the epoch's number alone.
+there. The order of images, dropout and mixing follow from the seed and the epoch's number alone.
 """
 
 import argparse
 import csv
 import json
 import math
-import sys
+import platform
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,36 +25,24 @@ import keras
 import numpy as np
 
 from models import emotion, landmarks, losses
+from pipelines.batches import Batches, training_batches
 from pipelines.cli import GrimaceError, run
-from pipelines.shards import View, read_meta, read_view
+from pipelines.distill import teacher_answers
+from pipelines.job import Job, plain, read_job, write_job
+from pipelines.progress import progress
+from pipelines.schedules import (
+    History,
+    best_epoch,
+    is_over,
+    optimizer_of,
+    phase_at,
+    plateau_rate,
+)
+from pipelines.shards import read_meta, read_view
 
-WARM_UP = 0.05  # share of all steps
 BEST = "best.weights.h5"  # of the epoch that did best so far, in the checkpoint
-
-
-@dataclass(frozen=True)
-class Job:
-    """One training, resolved: see `pipelines.params.TrainJob` for the shared fields.
-
-    Attributes:
-        epochs: passes over the training images, each over another augmented view.
-        data_version: identifies the shards, so that a checkpoint of other data is not resumed.
-    """
-
-    task: str
-    model: str
-    widths: tuple[int, ...]
-    dropout: float
-    loss: str
-    label_smoothing: float
-    optimizer: str
-    learning_rate: float
-    weight_decay: float
-    batch: int
-    epochs: int
-    precision: str
-    seed: int
-    data_version: str = ""
+STATISTICS = 50  # batches from which the statistics of averaged weights are taken
+TIMED_STEPS, TIMED_ROUNDS = 10, 3
 
 
 def main() -> None:
@@ -61,27 +50,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--job", type=Path, required=True, help="JSON with the fields of Job")
+    parser.add_argument("--job", type=Path, required=True, help="JSON with the fields of a job")
     parser.add_argument("--shards", type=Path, required=True, help="data/augment/TASK")
-    parser.add_argument("--out", type=Path, required=True, help="where the model is to go")
+    parser.add_argument("--out", type=Path, help="where the model is to go")
+    parser.add_argument(
+        "--time",
+        action="store_true",
+        help="only time some steps in float32 and in mixed_bfloat16 on this machine",
+    )
     args = parser.parse_args()
-    fit(read_job(args.job), args.shards, args.out, checkpoint=args.out / "checkpoint")
-
-
-def read_job(path: Path) -> Job:
-    """Read a job file.
-
-    Raises:
-        GrimaceError: a missing or an unknown field.
-    """
-    raw = json.loads(path.read_text())
-    known = {field.name for field in fields(Job)}
-    if unknown := sorted(set(raw) - known):
-        raise GrimaceError(f"{path}: unknown field {unknown[0]!r}; known are {sorted(known)}")
-    try:
-        return Job(**{**raw, "widths": tuple(raw["widths"])})
-    except (KeyError, TypeError) as error:
-        raise GrimaceError(f"{path}: {error}") from None
+    job = read_job(args.job)
+    if args.time:
+        print(compare_precisions(job, args.shards))
+    elif args.out is None:
+        parser.error("--out is needed: where the model is to go")
+    else:
+        fit(job, args.shards, args.out, checkpoint=args.out / "checkpoint")
 
 
 def fit(
@@ -91,198 +75,301 @@ def fit(
     checkpoint: Path,
     on_epoch: Callable[[int, dict[str, float]], None] = lambda epoch, row: None,
 ) -> keras.Model:
-    """Train, or go on training, and write model.keras and history.csv.
+    """Train, or go on training, and write what comes of it.
 
     Args:
         job: what to train.
         shards: a folder as `pipelines.shards` describes.
-        out: receives model.keras (float32, the epoch that was best on validation) and history.csv.
+        out: receives model.keras (float32, the epoch that was best on validation), history.csv,
+            job.json and machine.json.
         checkpoint: holds the state between epochs; the caller removes it when all is done.
-        on_epoch: called with the epoch's number from 0 and its figures, once an epoch.
+        on_epoch: called with each epoch's number from 0 and its figures, when the epoch's state
+            is saved; where a training is resumed, first with those of the epochs before.
 
     Returns:
         The model written.
 
     Raises:
-        GrimaceError: the loss is no longer a number; the last good checkpoint is kept.
+        GrimaceError: the loss is no longer a number, memory has run out, the job does not fit the
+            shards or names a network or teacher that is not there. The last good checkpoint is
+            kept.
     """
     meta = read_meta(shards)
-    keras.utils.set_random_seed(job.seed)
-    keras.mixed_precision.set_global_policy(job.precision)
-    validation = Batches(read_view(shards, "val"), job.batch)
     steps = math.ceil(meta["counts"]["train"] / job.batch)
-    resumed = _resume(job, checkpoint)
-    model, history = resumed or (_compiled(job, meta, steps), [])
-    checkpoint.mkdir(parents=True, exist_ok=True)
-    if not resumed:  # its files are about to be overwritten
-        (checkpoint / "state.json").unlink(missing_ok=True)
+    with _explained(job, checkpoint):
+        answers = teacher_answers(job, shards, checkpoint / "teachers")
+        keras.utils.set_random_seed(job.seed)
+        keras.mixed_precision.set_global_policy(job.precision)
+        validation = Batches(read_view(shards, "val"), job.batch)
+        model, history = _resume(job, meta, steps, checkpoint) or (_begin(job, meta, checkpoint))
+        for epoch, row in enumerate(history):
+            on_epoch(epoch, row)
 
-    for epoch in range(len(history), job.epochs):
-        start = time.perf_counter()
-        view = read_view(shards, "train", epoch % meta["views"])
-        order = np.random.default_rng([job.seed, epoch]).permutation(len(view.ids))
-        print(f"epoch {epoch + 1}/{job.epochs}", flush=True)
-        _seed_dropout(model, job.seed, epoch * steps)
-        trained = model.fit(
-            Batches(view, job.batch, order),
-            shuffle=False,  # else Keras draws the batches' order again, from a global generator
-            callbacks=[keras.callbacks.TerminateOnNaN()],
-            verbose=1 if sys.stdout.isatty() else 0,
-        )
-        row = {name: float(values[-1]) for name, values in trained.history.items()}
-        seconds = time.perf_counter() - start
-        scores = model.evaluate(validation, verbose=0, return_dict=True)
-        row |= {f"val_{name}": float(value) for name, value in scores.items()}
-        _refuse_nan(row, epoch, job, checkpoint)
-        row["images_per_second"] = round(len(view.ids) / seconds, 1)
-        print("  " + ", ".join(f"{name} {value:.4f}" for name, value in row.items()), flush=True)
-        history.append(row)
-        on_epoch(epoch, row)  # before the state: killed in between, it is told twice, never not
-        _save_state(model, history, checkpoint, job)
-
-    keras.mixed_precision.set_global_policy("float32")
-    final = build(job, meta)
-    final.load_weights(checkpoint / BEST)
-    out.mkdir(parents=True, exist_ok=True)
-    final.save(out / "model.keras")
-    _write_history(history, out / "history.csv")
-    return final
-
-
-def build(job: Job, meta: dict[str, Any]) -> keras.Model:
-    """Build the job's untrained network under the global precision policy."""
-    size, channels = meta["size"], meta["channels"]
-    if job.task == "emotion":
-        return emotion.build(job.model, job.widths, size, channels, job.dropout)
-    return landmarks.build(
-        job.model, job.widths, size, channels, job.dropout, points=meta["points"]
-    )
+        while not is_over(job, history):
+            epoch = len(history)
+            if epoch == phase_at(job, epoch).first:
+                _compile(model, job, epoch, steps)
+            if job.schedule == "plateau":
+                model.optimizer.learning_rate = plateau_rate(job, history)
+            _seed_dropout(model, job.seed, epoch * steps)
+            number = epoch % meta["views"]
+            batches = training_batches(
+                job,
+                read_view(shards, "train", number),
+                epoch,
+                np.load(answers[number], mmap_mode="r") if answers else None,
+            )
+            row, own = _fit_epoch(model, job, epoch, batches)
+            scores = model.evaluate(validation, verbose=0, return_dict=True)
+            row |= {f"val_{name}": float(value) for name, value in scores.items()}
+            row["learning_rate"] = float(model.optimizer.learning_rate)
+            _refuse_nan(row, epoch, job, checkpoint)
+            row["images_per_second"] = row.pop("images_per_second")  # last
+            history.append(row)
+            _save_state(model, own, history, checkpoint, job)
+            figures = ", ".join(f"{name} {value:.4g}" for name, value in row.items())
+            print(f"epoch {epoch + 1}/{job.epochs}: {figures}", flush=True)
+            on_epoch(epoch, row)
+        return _write_result(job, meta, history, checkpoint, out)
 
 
-def best_epoch(history: list[dict[str, float]], task: str) -> int:
-    """Return the index of the epoch that did best on validation."""
-    if task == "emotion":
-        return max(range(len(history)), key=lambda epoch: history[epoch]["val_accuracy"])
-    return min(range(len(history)), key=lambda epoch: history[epoch]["val_nme"])
+def build(job: Job, meta: dict[str, Any], weights: str | None = None) -> keras.Model:
+    """Build the job's network under the global precision policy.
 
+    Args:
+        job: names it.
+        meta: of the shards, which says how large images are.
+        weights: to start from; at random by default.
 
-class Batches(keras.utils.PyDataset):
-    """One pass over a view, in a given order.
-
-    Yields images float32 (B, S, S, C) in 0-255 with one-hot emotions float32 (B, 7), or with
-    landmarks and mask float32 (B, N, 3); a third item, float32 (B,), weighs the loss of each
-    where the examples of the view do not all have weight 1. Metrics stay unweighted.
+    Raises:
+        GrimaceError: there is no such network, or it cannot be had in this size or with these
+            weights.
     """
-
-    def __init__(self, view: View, batch: int, order: np.ndarray | None = None) -> None:
-        super().__init__()
-        self.view, self.batch = view, batch
-        self.weighted = bool((view.weights != 1).any())
-        self.order = np.arange(len(view.ids)) if order is None else order
-
-    def __len__(self) -> int:
-        """Return the number of batches, the last of which may be short."""
-        return math.ceil(len(self.order) / self.batch)
-
-    def __getitem__(self, index: int) -> tuple[np.ndarray, ...]:
-        """Return a batch."""
-        # Ascending rows read the memory map forwards; the order within a batch does not matter.
-        rows = np.sort(self.order[index * self.batch : (index + 1) * self.batch])
-        batch = self.view.images[rows].astype(np.float32), self._labels(rows)
-        return (*batch, self.view.weights[rows]) if self.weighted else batch
-
-    def _labels(self, rows: np.ndarray) -> np.ndarray:
-        if self.view.emotions is not None:
-            return np.eye(7, dtype=np.float32)[self.view.emotions[rows]]
-        assert self.view.landmarks is not None and self.view.visible is not None
-        visible = self.view.visible[rows][..., None].astype(np.float32)
-        return np.concatenate([self.view.landmarks[rows], visible], -1)
-
-
-def _compiled(job: Job, meta: dict[str, Any], steps: int) -> keras.Model:
-    total = steps * job.epochs
-    warm_up = max(1, round(total * WARM_UP))
-    schedule = keras.optimizers.schedules.CosineDecay(
-        0.0, max(1, total - warm_up), warmup_target=job.learning_rate, warmup_steps=warm_up
-    )
-    if job.optimizer == "sgd":
-        optimizer = keras.optimizers.SGD(
-            schedule, momentum=0.9, nesterov=True, weight_decay=job.weight_decay
+    task = emotion if job.task == "emotion" else landmarks
+    if job.network not in task.NETWORKS:
+        known = ", ".join(task.NETWORKS)
+        raise GrimaceError(f"{job.name}: no network {job.network!r} for {job.task}; {known}")
+    points = {} if job.task == "emotion" else {"points": meta["points"]}
+    try:
+        return task.build(
+            job.network,
+            job.widths,
+            meta["size"],
+            meta["channels"],
+            job.dropout,
+            weights=weights,
+            **points,
         )
-    else:
-        optimizer = keras.optimizers.AdamW(schedule, weight_decay=job.weight_decay)
-    _spare_from_decay(optimizer)
-    model = build(job, meta)
+    except (ValueError, OSError) as error:
+        raise GrimaceError(f"{job.name}: network {job.network} cannot be built: {error}") from None
+
+
+def compare_precisions(job: Job, shards: Path) -> str:
+    """Time some training steps in both precisions, in turns, and say which is faster here."""
+    meta, view = read_meta(shards), read_view(shards, "train")
+    job = replace(job, teachers=())
+    batches = training_batches(job, view, 0, None)
+    batches.order = batches.order[: TIMED_STEPS * job.batch]
+    models: dict[str, keras.Model] = {}
+    seconds: dict[str, float] = {}
+    for precision in ("float32", "mixed_bfloat16"):
+        keras.mixed_precision.set_global_policy(precision)
+        models[precision] = build(job, meta)
+        _compile(models[precision], job, job.epochs - 1, TIMED_STEPS)
+        models[precision].fit(batches, shuffle=False, verbose=0)  # traced and compiled here
+    for _ in range(TIMED_ROUNDS):
+        for precision, model in models.items():
+            start = time.perf_counter()
+            model.fit(batches, shuffle=False, verbose=0)
+            taken = (time.perf_counter() - start) / len(batches)
+            seconds[precision] = min(taken, seconds.get(precision, taken))
+    keras.mixed_precision.set_global_policy("float32")
+    figures = ", ".join(
+        f"{precision} {1000 * taken:.1f} ms a step ({job.batch / taken:.0f} images/s)"
+        for precision, taken in seconds.items()
+    )
+    ratio = seconds["float32"] / seconds["mixed_bfloat16"]
+    return f"{job.name} under {keras.backend.backend()}: {figures}; {ratio:.2f} times as fast"
+
+
+def _begin(job: Job, meta: dict[str, Any], checkpoint: Path) -> tuple[keras.Model, History]:
+    checkpoint.mkdir(parents=True, exist_ok=True)
+    (checkpoint / "state.json").unlink(missing_ok=True)  # its files are about to be overwritten
+    return build(job, meta, job.weights), []
+
+
+def _compile(model: keras.Model, job: Job, epoch: int, steps: int) -> None:
+    """Give the model its loss and, for the phase the epoch belongs to, a fresh optimiser."""
+    phase = phase_at(job, epoch)
+    if job.frozen_epochs:
+        from models.transfer import set_frozen
+
+        set_frozen(model, phase.frozen)
+    weight = job.teacher_weight if job.teachers else 0.0
     if job.task == "emotion":
-        loss = keras.losses.CategoricalCrossentropy(label_smoothing=job.label_smoothing)
-        model.compile(optimizer, loss, metrics=["accuracy"])
+        loss = losses.emotion_loss(job.loss, job.label_smoothing, weight, job.temperature)
+        metric = losses.accuracy
     else:
-        model.compile(optimizer, losses.MaskedWing(), metrics=[losses.nme])
-    return model
-
-
-def _spare_from_decay(optimizer: keras.optimizers.Optimizer) -> None:
-    """Decay kernels only; Keras does not save this choice with the optimiser."""
-    optimizer.exclude_from_weight_decay(var_names=["gamma", "beta", "bias"])
+        loss, metric = losses.landmark_loss(job.loss, weight), losses.nme
+    model.compile(optimizer_of(job, phase, steps), loss, metrics=[metric])
 
 
 def _seed_dropout(model: keras.Model, seed: int, step: int) -> None:
-    """Draw the masks that this step always has; Keras does not save where it had got to."""
-    for layer in model.layers:
-        if isinstance(layer, keras.layers.Dropout):
-            layer.seed_generator.state.assign([seed, step])
+    """Draw the masks that this step always has; an epoch before it may have been another run's."""
+    layers = [layer for layer in model._flatten_layers() if hasattr(layer, "seed_generator")]
+    for number, layer in enumerate(layers):
+        layer.seed_generator.state.assign([seed + number, step])
 
 
-def _resume(job: Job, checkpoint: Path) -> tuple[keras.Model, list[dict[str, float]]] | None:
+def _fit_epoch(
+    model: keras.Model, job: Job, epoch: int, batches: Batches
+) -> tuple[dict[str, float], list[np.ndarray]]:
+    """Train for one epoch and leave in the model the weights that are to be validated.
+
+    Returns:
+        The epoch's figures; and the model's own weights, to be put back before it is trained
+        further, where it was left with averaged ones, else none.
+    """
+    start, own = time.perf_counter(), []
+    with progress(f"epoch {epoch + 1}/{job.epochs}", len(batches)) as advance:
+        count = keras.callbacks.LambdaCallback(on_train_batch_end=lambda batch, logs: advance(1))
+        count.async_safe = True  # it looks at no figures, so nobody need wait for them
+        callbacks = [count]
+        if job.ema is not None:  # Keras puts the averages in their place when `fit` ends
+            keep = lambda epoch, logs: own.extend(model.get_weights())  # noqa: E731
+            callbacks.append(keras.callbacks.LambdaCallback(on_epoch_end=keep))
+        # Shuffled here, Keras would draw the batches' order again, from a global generator.
+        trained = model.fit(batches, shuffle=False, callbacks=callbacks, verbose=0)
+    seconds = time.perf_counter() - start
+    if job.ema is not None:
+        _take_statistics(model, batches)
+    row = {name: float(values[-1]) for name, values in trained.history.items()}
+    return row | {"images_per_second": round(len(batches.order) / seconds, 1)}, own
+
+
+def _take_statistics(model: keras.Model, batches: Batches) -> None:
+    """Give batch normalisation the statistics that belong to averaged weights.
+
+    The running ones are those of the weights as they were trained, and Keras averages only what is
+    trained. So they are taken anew, as the plain mean over batches of this epoch (Izmailov et al.
+    2018, section 3.2; Wu and Johnson 2021, section 3).
+    """
+    layers = [
+        layer
+        for layer in model._flatten_layers()
+        if isinstance(layer, keras.layers.BatchNormalization)
+    ]
+    momenta = [layer.momentum for layer in layers]
+    for number in range(min(STATISTICS, len(batches)) if layers else 0):
+        for layer in layers:
+            layer.momentum = number / (number + 1)
+        model(batches[number][0], training=True)
+    for layer, momentum in zip(layers, momenta, strict=True):
+        layer.momentum = momentum
+
+
+def _resume(
+    job: Job, meta: dict[str, Any], steps: int, checkpoint: Path
+) -> tuple[keras.Model, History] | None:
     """Return the model and history a checkpoint of this very job holds, if there is one."""
     state = checkpoint / "state.json"
     saved = json.loads(state.read_text()) if state.exists() else {}
-    if saved.get("job") != _as_json(job):
+    if saved.get("job") != plain(job):
         return None
-    if not all((checkpoint / name).exists() for name in (saved["model"], BEST)):
+    if not all((checkpoint / name).exists() for name in (saved["weights"], BEST)):
         return None  # killed while it was being removed
-    model = keras.models.load_model(checkpoint / saved["model"])
-    _spare_from_decay(model.optimizer)
-    print(f"resumed after epoch {len(saved['history'])} of {job.epochs}", flush=True)
-    return model, saved["history"]
+    history: History = saved["history"]
+    model = build(job, meta)
+    _compile(model, job, len(history) - 1, steps)
+    model.optimizer.build(model.trainable_variables)
+    model.load_weights(checkpoint / saved["weights"])
+    print(f"resumed after epoch {len(history)} of {job.epochs}", flush=True)
+    return model, history
 
 
 def _save_state(
-    model: keras.Model, history: list[dict[str, float]], checkpoint: Path, job: Job
+    model: keras.Model, own: list[np.ndarray], history: History, checkpoint: Path, job: Job
 ) -> None:
     """Save model and history so that a kill between any two writes leaves a whole state."""
     if best_epoch(history, job.task) == len(history) - 1:
         model.save_weights(checkpoint / "partial.weights.h5")
         (checkpoint / "partial.weights.h5").replace(checkpoint / BEST)
-    name = f"epoch-{len(history):04d}.keras"
-    model.save(checkpoint / name)
+    if own:
+        model.set_weights(own)
+    name = f"epoch-{len(history):04d}.weights.h5"
+    model.save_weights(checkpoint / name)  # the optimiser's among them
     partial = checkpoint / "state.json.partial"
-    partial.write_text(json.dumps({"job": _as_json(job), "model": name, "history": history}))
+    partial.write_text(json.dumps({"job": plain(job), "weights": name, "history": history}))
     partial.replace(checkpoint / "state.json")
-    for old in checkpoint.glob("epoch-*.keras"):
+    for old in checkpoint.glob("epoch-*.weights.h5"):
         if old.name != name:
             old.unlink()
 
 
-def _as_json(job: Job) -> dict[str, Any]:
-    return {**asdict(job), "widths": list(job.widths)}
+def _write_result(
+    job: Job, meta: dict[str, Any], history: History, checkpoint: Path, out: Path
+) -> keras.Model:
+    keras.mixed_precision.set_global_policy("float32")
+    model = build(job, meta)
+    model.load_weights(checkpoint / BEST)
+    out.mkdir(parents=True, exist_ok=True)
+    model.save(out / "model.keras")
+    with (out / "history.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, ["epoch", *history[0]])
+        writer.writeheader()
+        writer.writerows({"epoch": epoch + 1, **row} for epoch, row in enumerate(history))
+    write_job(job, out / "job.json")
+    (out / "machine.json").write_text(json.dumps(machine(), indent=2) + "\n")
+    return model
+
+
+def machine() -> dict[str, str]:
+    """Say on what this process trains."""
+    devices = keras.distribution.list_devices()
+    if keras.backend.backend() == "jax":
+        import jax
+
+        devices = [device.device_kind for device in jax.devices()]
+    return {
+        "backend": keras.backend.backend(),
+        "devices": ", ".join(devices),
+        "keras": keras.__version__,
+        "python": platform.python_version(),
+    }
+
+
+@contextmanager
+def _explained(job: Job, checkpoint: Path) -> Iterator[None]:
+    """Turn running out of memory, on whatever backend, into a message."""
+    try:
+        yield
+    except Exception as error:
+        named = isinstance(error, MemoryError) or type(error).__name__ == "ResourceExhaustedError"
+        if not named and "RESOURCE_EXHAUSTED" not in str(error):  # JAX only says so
+            raise
+        raise GrimaceError(
+            f"training {job.name}: out of memory. Make batch smaller (now {job.batch}), use "
+            f"precision mixed_bfloat16 (now {job.precision}) or a smaller network, or leave more "
+            f"memory free. {_kept(checkpoint)}"
+        ) from error
 
 
 def _refuse_nan(row: dict[str, float], epoch: int, job: Job, checkpoint: Path) -> None:
     if all(math.isfinite(value) for value in row.values()):
         return
     raise GrimaceError(
-        f"training {job.task}-{job.model}: the loss is not a number in epoch {epoch + 1}. Lower "
-        f"learning_rate (now {job.learning_rate}) or use precision float32 (now "
-        f"{job.precision}). The state after epoch {epoch} is kept in {checkpoint}."
+        f"training {job.name}: the loss is not a number in epoch {epoch + 1}. Lower learning_rate "
+        f"(now {job.learning_rate}), set clip_norm (now {job.clip_norm}) or use precision float32 "
+        f"(now {job.precision}). {_kept(checkpoint)}"
     )
 
 
-def _write_history(history: list[dict[str, float]], path: Path) -> None:
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, ["epoch", *history[0]])
-        writer.writeheader()
-        writer.writerows({"epoch": epoch + 1, **row} for epoch, row in enumerate(history))
+def _kept(checkpoint: Path) -> str:
+    state = checkpoint / "state.json"
+    done = len(json.loads(state.read_text())["history"]) if state.exists() else 0
+    if done:
+        return f"The state after epoch {done} is kept in {checkpoint}."
+    return "No epoch had ended yet."
 
 
 if __name__ == "__main__":

@@ -28,6 +28,15 @@ from pydantic import (
 from models.schemes import EMOTIONS
 from pipelines.cli import GrimaceError, run
 from pipelines.datasets import EVALUATE_ONLY, LABELS
+from pipelines.job import (
+    ClassWeights,
+    Job,
+    Loss,
+    Optimizer,
+    Precision,
+    Schedule,
+    job_of,
+)
 
 TaskName = Literal["emotion", "landmarks"]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -397,49 +406,103 @@ class Augment(_Section):
         return self.emotion if task == "emotion" else self.landmarks
 
 
+class TeacherModel(_Section):
+    """A trained model, `runs/TASK/MODEL/model.keras` or any .keras file, and its SHA-256."""
+
+    path: str
+    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+
+
 class TrainJob(_Section):
     """One training.
 
     Attributes:
         task: what is learnt.
-        model: a backbone of `models.backbones`.
-        widths: channels of its blocks.
+        model: the job's own name; its results go to runs/TASK/MODEL.
+        network: architecture, a name in `NETWORKS` of `models.emotion` or `models.landmarks`;
+            null: the one called as the model.
+        widths: channels of the network's blocks, where it takes any.
         dropout: before the last dense layer.
-        loss: "cross_entropy" for emotion, "wing" for landmarks.
-        label_smoothing: of the cross-entropy; 0 for landmarks.
+        weights: what the network starts from: null (at random), "imagenet" or a file.
+        frozen_epochs: at first, in which a network that starts from weights trains its head
+            alone; then the whole is trained, with a new optimiser.
+        fine_tune_rate: peak learning rate from then on.
+        loss: emotion: "cross_entropy" or "focal"; landmarks: "wing", "adaptive_wing",
+            "soft_wing", "mse" or "mae". `models.losses` gives the papers.
+        label_smoothing: of the labels; emotion only.
+        class_weights: how much each class counts, times the weights `filter` gives images: null,
+            "balanced" (inversely to its number of images) or "effective" (Cui et al. 2019);
+            emotion only.
         optimizer: "sgd" (Nesterov momentum 0.9) or "adamw".
-        learning_rate: at its peak, after a linear warm-up over the first twentieth of the steps
-            and before a cosine to zero.
+        learning_rate: at its peak.
+        schedule: "cosine": to zero, after a linear warm-up over the first twentieth of the steps;
+            "plateau": constant, times 0.75 whenever five epochs bring nothing new on validation.
         weight_decay: of kernels, decoupled from the gradient (Loshchilov and Hutter 2019).
+        clip_norm: the gradient's global norm is cut to it; null: never.
+        ema: decay a step of the exponential moving average of the weights, which is then what is
+            validated and saved; null: none.
+        patience: stop when so many epochs bring nothing new on validation; null: never.
+        mixup: α of the Beta distribution from which the shares of two blended images are drawn
+            (Zhang et al. 2018), 0: off; emotion only.
+        cutmix: the same for images pasted into each other (Yun et al. 2019); where both are on,
+            each batch takes one of them.
+        erase: probability that a random rectangle of an image is erased (Zhong et al. 2020).
+        teachers: models whose averaged answers the student learns too (Hinton et al. 2015).
+        teacher_weight: of their part of the loss; the labels have the rest.
+        temperature: that softens both their probabilities; emotion only.
         batch: images a step.
-        epochs: by dataset; "default" for those not named.
-        precision: "float32" or "mixed_bfloat16".
-        seed: of the initial weights, the order of images, and dropout.
+        epochs: by dataset, frozen ones included; "default" for those not named.
+        precision: "float32" or "mixed_bfloat16"; `pipelines.fit --time` says which is faster.
+        seed: of the initial weights, the order of images, dropout, mixing and erasing.
     """
 
     task: TaskName
-    model: Literal["plain", "residual"]
-    widths: Annotated[tuple[PositiveInt, ...], Field(min_length=1, max_length=5)]
-    dropout: Annotated[float, Field(ge=0.0, lt=1.0)]
-    loss: Literal["cross_entropy", "wing"]
-    label_smoothing: Annotated[float, Field(ge=0.0, lt=1.0)]
-    optimizer: Literal["sgd", "adamw"]
+    model: Annotated[str, Field(pattern="^[a-z0-9][a-z0-9_-]*$")]
+    network: Annotated[str, Field(pattern="^[a-z0-9][a-z0-9_-]*$")] | None = None
+    widths: tuple[PositiveInt, ...] = ()
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    weights: str | None = None
+    frozen_epochs: Annotated[int, Field(ge=0)] = 0
+    fine_tune_rate: Positive | None = None
+    loss: Loss
+    label_smoothing: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    class_weights: ClassWeights | None = None
+    optimizer: Optimizer
     learning_rate: Positive
-    weight_decay: NonNegative
+    schedule: Schedule = "cosine"
+    weight_decay: NonNegative = 0.0
+    clip_norm: Positive | None = None
+    ema: Share | None = None
+    patience: PositiveInt | None = None
+    mixup: NonNegative = 0.0
+    cutmix: NonNegative = 0.0
+    erase: Fraction = 0.0
+    teachers: tuple[TeacherModel, ...] = ()
+    teacher_weight: Annotated[float, Field(gt=0.0, le=1.0)] = 0.5
+    temperature: Positive = 1.0
     batch: PositiveInt
     epochs: dict[str, PositiveInt]
-    precision: Literal["float32", "mixed_bfloat16"]
-    seed: int
+    precision: Precision = "float32"
+    seed: Annotated[int, Field(ge=0)]
 
     @model_validator(mode="after")
-    def _loss_fits_task(self) -> Self:
-        if (self.task == "emotion") != (self.loss == "cross_entropy"):
-            raise ValueError(f"loss {self.loss} does not fit task {self.task}")
+    def _makes_sense(self) -> Self:
         if "default" not in self.epochs:
             raise ValueError("epochs needs a 'default' beside the datasets it names")
         if unknown := self.epochs.keys() - {"default", *Download.model_fields}:
             raise ValueError(f"epochs names unknown datasets: {', '.join(sorted(unknown))}")
+        for dataset in self.epochs:
+            self.resolved(dataset)
         return self
+
+    def resolved(self, dataset: str, data_version: str = "") -> Job:
+        """Return the job that stands alone, with its epochs on one dataset.
+
+        Raises:
+            ValueError: fields that contradict each other.
+        """
+        epochs = self.epochs.get(dataset, self.epochs["default"])
+        return job_of(self.model_dump() | {"epochs": epochs, "data_version": data_version})
 
 
 class Train(_Section):

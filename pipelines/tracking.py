@@ -1,15 +1,18 @@
 """MLflow: one experiment a task, one run a training, found again by the model's bytes.
 
-`train` opens the run; `evaluate` and `verify`, which may run much later or elsewhere, find it by
-the SHA-256 of the model file and add their figures.
+`train` opens the run and tells it by way of a journal; `evaluate` and `verify`, which may run much
+later or elsewhere, find it by the SHA-256 of the model file and add their figures.
 """
 
 import hashlib
+import json
 import os
 import platform
 import subprocess
+import sys
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -50,10 +53,127 @@ def connect(settings: Tracking, task: str) -> "mlflow.MlflowClient":
     return mlflow.MlflowClient()
 
 
+class Journal:
+    """What the run of one training is to be told, kept on disk and told as far as MLflow answers.
+
+    A server that goes away in mid-training does not stop it: what is added while it is away is
+    told at the first addition at which it answers, or by a later `deliver`, in whatever process. A
+    run that the server has lost is replaced by a new one, which is told all of it. Everything keeps
+    the time of its addition, so that a figure told twice after a kill is one figure.
+
+    Args:
+        settings: the params' section.
+        folder: holds the journal and all files that it names; one that is there is continued.
+        task: "emotion" or "landmarks"; of a journal that is there, its own.
+        name: of the run, shown in the UI.
+    """
+
+    def __init__(self, settings: Tracking, folder: Path, task: str = "", name: str = "") -> None:
+        self.settings, self.folder, self.file = settings, folder, folder / "journal.json"
+        self.state: dict[str, Any] = {"task": task, "name": name, "run": None, "told": 0}
+        self.state["entries"] = []
+        if self.file.exists():
+            self.state = json.loads(self.file.read_text())
+        self.opened = self.complained = False
+        # A server that is away must not hold up each epoch by minutes of trying.
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
+
+    @property
+    def run_id(self) -> str | None:
+        """The run's id; None before the server has given one."""
+        return self.state["run"]
+
+    @property
+    def pending(self) -> int:
+        """How many entries the server has not been told yet."""
+        return len(self.state["entries"]) - self.state["told"]
+
+    def add(self, **entry: Any) -> None:
+        """Add an entry, unless the same is there, and tell what is pending.
+
+        Args:
+            entry: `metrics`, figures by name, with the `step` they belong to; `parameters`, texts
+                by name; `tags`, the same; `files`, a folder, with the `place` in the run where its
+                content goes; `model`, a .keras file, with an `example` of its input as .npy; or
+                `status`, as MLflow calls it. Paths start from the journal's folder.
+        """
+        there = ({**known, "time": None} for known in self.state["entries"])
+        if "status" in entry or {**entry, "time": None} not in there:
+            self.state["entries"].append({**entry, "time": int(time.time() * 1000)})
+            self._save()
+        self.deliver()
+
+    def open(self) -> None:
+        """Find the run, or make it.
+
+        Raises:
+            GrimaceError: as `connect`.
+        """
+        import mlflow
+
+        client = connect(self.settings, self.state["task"])
+        if self.run_id is None or not _exists(client, self.run_id):
+            with mlflow.start_run(run_name=self.state["name"]) as run:  # tags it with user and such
+                self.state |= {"run": run.info.run_id, "told": 0}
+            self._save()
+        client.update_run(self.run_id, status="RUNNING")
+        self.opened = True
+
+    def deliver(self) -> bool:
+        """Tell what is pending; say whether all of it was taken."""
+        from mlflow.exceptions import MlflowException
+        from requests import RequestException
+
+        try:
+            if not self.opened:
+                self.open()
+            while self.pending:
+                self._tell(self.state["entries"][self.state["told"]])
+                self.state["told"] += 1
+                self._save()
+        except (GrimaceError, MlflowException, RequestException, OSError) as error:
+            if not self.complained:
+                reason = " ".join(str(error).split())[:300]
+                print(f"tracking: not delivered, tried again later: {reason}", file=sys.stderr)
+            self.opened, self.complained = False, True
+            return False
+        if self.complained:
+            print("tracking: all is delivered now", file=sys.stderr)
+        self.complained = False
+        return True
+
+    def _save(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        partial = self.file.with_suffix(".partial")
+        partial.write_text(json.dumps(self.state))
+        partial.replace(self.file)
+
+    def _tell(self, entry: dict[str, Any]) -> None:
+        from mlflow import MlflowClient
+        from mlflow.entities import Metric, Param, RunTag
+
+        client, run_id = MlflowClient(), self.state["run"]
+        match entry:
+            case {"metrics": values, "step": step, "time": moment}:
+                metrics = [Metric(name, value, moment, step) for name, value in values.items()]
+                client.log_batch(run_id, metrics=metrics)
+            case {"parameters": values}:
+                client.log_batch(run_id, params=[Param(*item) for item in values.items()])
+            case {"tags": values}:
+                client.log_batch(run_id, tags=[RunTag(*item) for item in values.items()])
+            case {"files": source, "place": place}:
+                client.log_artifacts(run_id, str(self.folder / source), place)
+            case {"model": file, "example": example}:
+                _log_model(run_id, self.folder / file, self.folder / example)
+            case {"status": status}:
+                client.set_terminated(run_id, status)
+
+
 @contextmanager
 def training_run(
-    settings: Tracking, task: str, name: str, tags: dict[str, str], memory: Path
-) -> Iterator["mlflow.ActiveRun"]:
+    settings: Tracking, task: str, name: str, tags: dict[str, str], folder: Path
+) -> Iterator[Journal]:
     """Open the run of a training, or the same one again when the training is resumed.
 
     Args:
@@ -61,19 +181,39 @@ def training_run(
         task: "emotion" or "landmarks".
         name: shown in the UI.
         tags: searchable facts.
-        memory: a file that remembers the run's id between attempts; a run that was deleted since
-            then is not opened again.
-    """
-    import mlflow
+        folder: the training's own, which remembers the run between attempts.
 
-    client = connect(settings, task)
-    run_id = memory.read_text() if memory.exists() else None
-    if run_id and not _exists(client, run_id):
-        run_id = None
-    with mlflow.start_run(run_id=run_id, run_name=None if run_id else name, tags=tags) as run:
-        memory.parent.mkdir(parents=True, exist_ok=True)
-        memory.write_text(run.info.run_id)
-        yield run
+    Raises:
+        GrimaceError: the store does not answer, and the training has not begun yet.
+    """
+    journal = Journal(settings, folder, task, name)
+    if journal.run_id is None:
+        journal.open()
+    journal.add(tags=tags)
+    try:
+        yield journal
+    except BaseException:
+        with suppress(Exception):  # as well as it can; the exception tells what went wrong
+            connect(settings, task).set_terminated(journal.run_id, "FAILED")
+        raise
+    journal.add(status="FINISHED")
+
+
+def _log_model(run_id: str, model: Path, example: Path) -> None:
+    """Log a model with signature, example and the packages it needs to be loaded again."""
+    import keras
+    import mlflow
+    import numpy as np
+
+    loaded, images = keras.models.load_model(model, compile=False), np.load(example)
+    requirements = [f"{name}=={version(name)}" for name in ("tensorflow", "keras", "numpy")]
+    with mlflow.start_run(run_id=run_id):
+        mlflow.keras.log_model(
+            loaded,
+            name="model",
+            signature=mlflow.models.infer_signature(images, loaded.predict(images, verbose=0)),
+            pip_requirements=requirements,
+        )
 
 
 @contextmanager
@@ -163,7 +303,9 @@ def _exists(client: "mlflow.MlflowClient", run_id: str) -> bool:
 
     try:
         run = client.get_run(run_id)
-    except MlflowException:
+    except MlflowException as error:
+        if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+            raise  # the server does not answer
         return False
     return bool(run.info.lifecycle_stage == "active")  # a deleted run cannot be opened again
 

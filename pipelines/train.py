@@ -1,113 +1,205 @@
 """Stage `train`: run one job of `params.yaml` on its shards, watched by MLflow.
 
 The fitting itself is `pipelines.fit`. Killed at any moment, the same command resumes after the
-last whole epoch, in the same MLflow run.
+last whole epoch, in the same MLflow run. A job can be trained elsewhere, too:
+
+    python -m pipelines.train --job emotion-plain --write-job job.json   # here
+    python -m pipelines.fit --job job.json --shards DIR --out came       # there
+    python -m pipelines.train --job emotion-plain --take came            # here again
 """
 
 import argparse
 import hashlib
 import json
-from dataclasses import asdict
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from shutil import rmtree
-from typing import TYPE_CHECKING
+from shutil import copy, copytree, rmtree
 
+import numpy as np
 import pandas as pd
 
 from pipelines import tracking
 from pipelines.cli import GrimaceError, run, whole_folder
+from pipelines.job import Job, plain, read_job, write_job
 from pipelines.params import Params, load_params
 from pipelines.shards import read_meta, read_view
 
-if TYPE_CHECKING:
-    from pipelines.fit import Job
+CHECKPOINTS = Path("checkpoints")
+UNDELIVERED = CHECKPOINTS / "undelivered"  # what MLflow has still to be told of, a folder a run
+RESULT = ("model.keras", "history.csv", "job.json", "machine.json")
 
 
 def main() -> None:
-    """Train one job."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--job", required=True, help="a name under train.jobs, as emotion-plain")
+    """Train one job, take in one that was trained elsewhere, or tell MLflow what it missed."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--job", help="a name under train.jobs, as emotion-plain")
     parser.add_argument("--shards", type=Path, help="default: data/augment/TASK")
     parser.add_argument("--out", type=Path, help="default: runs/TASK/MODEL")
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument("--write-job", type=Path, metavar="FILE", help="write the job, and end")
+    instead.add_argument("--take", type=Path, metavar="DIR", help="what `pipelines.fit` wrote")
+    instead.add_argument(
+        "--deliver", action="store_true", help="tell MLflow of trainings that ended without it"
+    )
     args = parser.parse_args()
     params = load_params()
+    if args.deliver:
+        deliver(params)
+        return
     if args.job not in params.train.jobs:
         names = ", ".join(params.train.jobs)
-        raise GrimaceError(f"train.jobs has no {args.job!r}; it has {names}")
+        raise GrimaceError(f"train.jobs has no {args.job!r}; --job can be {names}")
     settings = params.train.jobs[args.job]
     shards = args.shards or Path("data/augment", settings.task)
     if not (shards / "meta.json").exists():
         raise GrimaceError(f"{shards} holds no shards; run `uv run dvc repro augment`")
     out = args.out or Path("runs", settings.task, settings.model)
-    train(args.job, params, shards, out)
+    if args.write_job:
+        write_job(resolve(args.job, params, shards), args.write_job)
+    elif args.take:
+        take(args.job, params, shards, out, args.take)
+    else:
+        train(args.job, params, shards, out)
 
 
 def train(name: str, params: Params, shards: Path, out: Path) -> None:
-    """Fit the job, log it, and write `out` whole: model.keras, history.csv, job.json."""
+    """Fit the job, log it, and write `out` whole: the files of `RESULT`, and history.png.
+
+    Raises:
+        GrimaceError: as `pipelines.fit.fit`; or MLflow does not answer before it has begun.
+    """
     from pipelines.fit import fit
 
+    deliver(params)
     job = resolve(name, params, shards)
-    checkpoint = Path("checkpoints", f"{name}-{_digest(job)}")
-    dataset = read_meta(shards)["dataset"]
-    tags = {
-        "grimace.job": name,
-        "grimace.task": job.task,
-        "grimace.model": job.model,
-        "grimace.dataset": dataset,
-        **tracking.provenance(shards),
-    }
-    with (
-        tracking.training_run(
-            params.tracking, job.task, f"{job.model} on {dataset}", tags, checkpoint / "mlflow_run"
-        ),
-        whole_folder(out) as partial,
-    ):
-        import mlflow
-
-        mlflow.log_params({key: value for key, value in asdict(job).items() if key != "task"})
-        mlflow.log_param("dataset", dataset)
-        model = fit(
-            job, shards, partial, checkpoint, lambda epoch, row: mlflow.log_metrics(row, step=epoch)
-        )
-        (partial / "job.json").write_text(json.dumps(asdict(job), indent=2) + "\n")
-        draw_history(pd.read_csv(partial / "history.csv"), partial / "history.png", name)
-        mlflow.log_artifacts(str(partial), "training")
-        mlflow.set_tag(tracking.MODEL_TAG, tracking.sha256(partial / "model.keras"))
-        mlflow.log_metrics({"parameters": model.count_params()})
-        _log_model(model, shards)
-    rmtree(checkpoint)
+    folder = CHECKPOINTS / f"{name}-{_digest(job)}"
+    with _run(job, params, shards, folder, tracking.provenance(shards)) as journal:
+        if not (folder / "result").exists():
+            with whole_folder(folder / "result") as partial:
+                fit(job, shards, partial, folder, lambda n, row: journal.add(metrics=row, step=n))
+        _hand_over(journal, shards, out)
+    _clear(journal, out)
 
 
-def resolve(name: str, params: Params, shards: Path) -> "Job":
+def take(name: str, params: Params, shards: Path, out: Path, came: Path) -> None:
+    """Log and write what another machine made of a job, as if it had been trained here.
+
+    Args:
+        name: of the job.
+        params: which have the job.
+        shards: that it was to be trained on.
+        out: written whole.
+        came: the folder `pipelines.fit` wrote there.
+
+    Raises:
+        GrimaceError: a file is missing, or it is another job or was trained on other shards.
+    """
+    job = resolve(name, params, shards)
+    _check_taken(job, came)
+    folder = CHECKPOINTS / f"{name}-{_digest(job)}-taken"
+    tags = {"grimace.data_version": job.data_version, "grimace.origin": "trained elsewhere"}
+    with _run(job, params, shards, folder, tags) as journal:
+        with whole_folder(folder / "result") as partial:
+            for file in RESULT:
+                copy(came / file, partial / file)
+        history = pd.read_csv(came / "history.csv").drop(columns="epoch")
+        for epoch, row in enumerate(history.to_dict("records")):
+            journal.add(metrics=row, step=epoch)
+        _hand_over(journal, shards, out)
+    _clear(journal, out)
+    print(f"taken in; `uv run dvc commit -f train@{name}` tells DVC so")
+
+
+def deliver(params: Params) -> None:
+    """Tell MLflow of the trainings that ended while it was away."""
+    for folder in sorted(UNDELIVERED.glob("*")):
+        if tracking.Journal(params.tracking, folder).deliver():
+            rmtree(folder)
+
+
+def resolve(name: str, params: Params, shards: Path) -> Job:
     """Turn a job of params.yaml into one that stands alone."""
-    from pipelines.fit import Job
-
-    settings = params.train.jobs[name]
     dataset = read_meta(shards)["dataset"]
-    values = settings.model_dump()
-    values["epochs"] = settings.epochs.get(dataset, settings.epochs["default"])
-    return Job(**values, data_version=tracking.data_version(shards))
+    return params.train.jobs[name].resolved(dataset, tracking.data_version(shards))
 
 
-def _digest(job: "Job") -> str:
-    return hashlib.sha256(json.dumps(asdict(job)).encode()).hexdigest()[:12]
+@contextmanager
+def _run(
+    job: Job, params: Params, shards: Path, folder: Path, tags: dict[str, str]
+) -> Iterator[tracking.Journal]:
+    dataset = read_meta(shards)["dataset"]
+    facts = {"job": job.name, "task": job.task, "model": job.model, "dataset": dataset}
+    tags = {f"grimace.{key}": value for key, value in facts.items()} | tags
+    title = f"{job.model} on {dataset}"
+    with tracking.training_run(params.tracking, job.task, title, tags, folder) as journal:
+        settings = {name: str(value) for name, value in plain(job).items() if name != "task"}
+        journal.add(parameters=settings | {"dataset": dataset})
+        yield journal
 
 
-def _log_model(model: object, shards: Path) -> None:
-    """Log the model with signature, example and the packages it needs to be loaded again."""
-    import mlflow
+def _hand_over(journal: tracking.Journal, shards: Path, out: Path) -> None:
+    """Write `out` and tell the run all that is known at the end."""
+    import keras
 
-    example = read_view(shards, "val").images[:2].astype("float32")
-    answer = model.predict(example, verbose=0)  # type: ignore[attr-defined]
-    requirements = [
-        f"{name}=={tracking.version(name)}" for name in ("tensorflow", "keras", "numpy")
-    ]
-    mlflow.keras.log_model(
-        model,
-        name="model",
-        signature=mlflow.models.infer_signature(example, answer),
-        pip_requirements=requirements,
+    result = journal.folder / "result"
+    job, model = read_job(result / "job.json"), result / "model.keras"
+    draw_history(pd.read_csv(result / "history.csv"), result / "history.png", job.name)
+    with whole_folder(out) as partial:
+        copytree(result, partial, dirs_exist_ok=True)
+    np.save(journal.folder / "example.npy", read_view(shards, "val").images[:2].astype("float32"))
+    machine = json.loads((result / "machine.json").read_text())
+    tags = {f"grimace.machine.{name}": value for name, value in machine.items()}
+    journal.add(tags=tags | {tracking.MODEL_TAG: tracking.sha256(model)})
+    size = keras.models.load_model(model, compile=False).count_params()
+    journal.add(metrics={"parameters": size}, step=0)
+    journal.add(files="result", place="training")
+    journal.add(model="result/model.keras", example="example.npy")
+
+
+def _clear(journal: tracking.Journal, out: Path) -> None:
+    """Remove a training's folder; keep what of it MLflow has still to be told."""
+    if not journal.pending:
+        gone = journal.folder.with_name(f".{journal.folder.name}.gone")
+        rmtree(gone, ignore_errors=True)
+        journal.folder.rename(gone)  # at once: half of it would be resumed after a kill
+        rmtree(gone)
+        return
+    UNDELIVERED.mkdir(parents=True, exist_ok=True)
+    for path in journal.folder.iterdir():
+        if path.name not in ("journal.json", "result", "example.npy"):
+            rmtree(path) if path.is_dir() else path.unlink()
+    journal.folder.rename(UNDELIVERED / str(journal.run_id))
+    print(
+        f"{out} is whole, but MLflow has not been told all of it. When it answers again, run "
+        "`uv run python -m pipelines.train --deliver`; the next training does so too.",
+        file=sys.stderr,
     )
+
+
+def _check_taken(job: Job, came: Path) -> None:
+    if missing := [file for file in RESULT if not (came / file).exists()]:
+        raise GrimaceError(
+            f"{came} lacks {', '.join(missing)}; it must be the folder that `python -m "
+            "pipelines.fit --out` wrote, when it has ended"
+        )
+    expected, found = plain(job), plain(read_job(came / "job.json"))
+    other = [name for name in expected if expected[name] != found[name]]
+    if other == ["data_version"]:
+        raise GrimaceError(
+            f"{came} was trained on other shards ({found['data_version']}) than are here "
+            f"({expected['data_version']}); train it on these, or bring those back"
+        )
+    if other:
+        differences = ", ".join(f"{name} is {found[name]}, not {expected[name]}" for name in other)
+        raise GrimaceError(f"{came} is not the job {job.name} of params.yaml: {differences}")
+
+
+def _digest(job: Job) -> str:
+    return hashlib.sha256(json.dumps(plain(job)).encode()).hexdigest()[:12]
 
 
 def draw_history(history: pd.DataFrame, path: Path, title: str) -> None:

@@ -1,28 +1,40 @@
 import csv
+import io
 import json
+import multiprocessing
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from dataclasses import asdict, replace
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import replace
 from itertools import count
+from multiprocessing.process import BaseProcess
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import h5py
 import keras
 import numpy as np
 import pytest
 import tensorflow as tf
 
+from models import emotion, landmarks
 from models.metrics import interocular_errors
 from models.schemes import IBUG_68
-from pipelines import fit
+from pipelines import batches, fit
 from pipelines.cli import GrimaceError
-from pipelines.fit import Job
-from pipelines.shards import View, read_meta, read_view
+from pipelines.job import Job, Teacher, read_job, write_job
+from pipelines.params import load_params
+from pipelines.schedules import phase_at
+from pipelines.shards import read_meta, read_view
+from pipelines.tracking import sha256
 
 ROOT = Path(__file__).parents[2]
 TRAIN, VAL, VIEWS = 40, 16, 2
@@ -51,6 +63,7 @@ LANDMARKS = replace(
     task="landmarks",
     dropout=0.0,
     loss="wing",
+    label_smoothing=0.0,
     optimizer="adamw",
     learning_rate=0.003,
     epochs=6,
@@ -147,65 +160,71 @@ def history(folder: Path) -> list[dict[str, str]]:
 
 def end_state(folder: Path) -> dict[str, np.ndarray]:
     """Every number of the last checkpoint (weights, statistics, optimiser) and of the result."""
-    last = keras.models.load_model(max((folder / "checkpoint").glob("epoch-*.keras")))
-    final = keras.models.load_model(folder / "model.keras")
-    variables = [*last.variables, *last.optimizer.variables, *final.variables]
-    # The counter behind dropout masks is not in the file, nor needed once all is done.
+    with zipfile.ZipFile(folder / "model.keras") as archive:
+        result = io.BytesIO(archive.read("model.weights.h5"))
+    last = max((folder / "checkpoint").glob("epoch-*.weights.h5"))
     return {
-        f"{number} {variable.path}": keras.ops.convert_to_numpy(variable)
-        for number, variable in enumerate(variables)
-        if "seed_generator" not in variable.path
+        f"{file} {name}": array
+        for file, source in (("last", last), ("result", result))
+        for name, array in arrays(source).items()
     }
+
+
+def arrays(source: Any) -> dict[str, np.ndarray]:
+    """All arrays of a weights file but the counters of dropout, which start anew each epoch."""
+    found: dict[str, np.ndarray] = {}
+
+    def note(name: str, item: Any) -> None:
+        if isinstance(item, h5py.Dataset) and "seed_generator" not in name:
+            found[name] = item[()]
+
+    with h5py.File(source) as file:
+        file.visititems(note)
+    return found
 
 
 def differences(one: Path, other: Path) -> dict[str, float]:
-    """The variables that differ, with their largest difference."""
+    """The arrays that differ, with their largest difference."""
     first, second = end_state(one), end_state(other)
-    gaps = {
-        name: float(np.abs(first[name] - value).max())
-        for name, value in zip(first, second.values(), strict=True)
-    }
+    assert first.keys() == second.keys() and len(first) > 20
+    gaps = {name: float(np.abs(first[name] - second[name]).max()) for name in first}
     return {name: gap for name, gap in gaps.items() if gap > 0}
 
 
-# as a command, killed for real
+# as a command
 
 
-def start(job: Path, shards: Path, out: Path) -> subprocess.Popen[str]:
-    where = ["--job", str(job), "--shards", str(shards), "--out", str(out)]
-    return subprocess.Popen(
-        [sys.executable, "-m", "pipelines.fit", *where],
+def start(job: Path, shards: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "pipelines.fit", "--job", job, "--shards", shards, *options],
         cwd=job.parent,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
-        stdout=subprocess.PIPE,
+        capture_output=True,
         text=True,
+        check=False,
     )
 
 
 @pytest.fixture(scope="module")
-def job_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("job") / "job.json"
-    path.write_text(json.dumps(asdict(replace(EMOTION, precision="mixed_bfloat16", epochs=12))))
-    return path
+def commanded(emotions: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """What the command makes of a job in bfloat16, and what it says."""
+    folder = tmp_path_factory.mktemp("commanded")
+    write_job(replace(EMOTION, precision="mixed_bfloat16", epochs=12), folder / "wish.json")
+    ended = start(folder / "wish.json", emotions, "--out", str(folder))
+    assert ended.returncode == 0, ended.stderr
+    return folder, ended.stdout
 
 
-@pytest.fixture(scope="module")
-def undisturbed(job_file: Path, emotions: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the job leaves when nothing happens to it."""
-    folder = tmp_path_factory.mktemp("undisturbed")
-    tf.config.run_functions_eagerly(False)
-    run(fit.read_job(job_file), emotions, folder)
-    tf.config.run_functions_eagerly(True)
-    return folder
-
-
-def test_it_learns_and_keeps_the_best_epoch(undisturbed: Path, emotions: Path) -> None:
-    rows = history(undisturbed)
+def test_it_learns_and_keeps_the_best_epoch(commanded: tuple[Path, str], emotions: Path) -> None:
+    folder, _ = commanded
+    rows = history(folder)
     assert [row["epoch"] for row in rows] == [str(epoch) for epoch in range(1, 13)]
-    assert set(rows[0]) == {"epoch", "loss", "accuracy", "val_loss", "val_accuracy"}
+    figures = {"loss", "accuracy", "val_loss", "val_accuracy", "learning_rate"}
+    assert set(rows[0]) == {"epoch", *figures}
     assert float(rows[-1]["loss"]) < 0.7 * float(rows[0]["loss"])
+    assert float(rows[-1]["learning_rate"]) < 1e-6 < float(rows[5]["learning_rate"])
     val = read_view(emotions, "val")
-    model = keras.models.load_model(undisturbed / "model.keras")
+    model = keras.models.load_model(folder / "model.keras")
     assert model.dtype_policy.name == "float32"
     answer = model.predict(val.images.astype(np.float32), verbose=0)
     accuracy = (answer.argmax(1) == val.emotions).mean()
@@ -214,27 +233,93 @@ def test_it_learns_and_keeps_the_best_epoch(undisturbed: Path, emotions: Path) -
     assert accuracy > 0.9
 
 
-def test_killed_again_and_again_it_ends_the_same(
-    undisturbed: Path, job_file: Path, emotions: Path, tmp_path: Path
+def test_a_line_an_epoch(commanded: tuple[Path, str]) -> None:
+    lines = commanded[1].splitlines()
+    assert len(lines) == 12
+    for number, line in enumerate(lines, 1):
+        assert re.match(rf"epoch {number}/12: .*\bval_accuracy [\d.]+, .*learning_rate", line)
+
+
+def test_the_result_says_what_it_is(commanded: tuple[Path, str]) -> None:
+    folder, _ = commanded
+    assert read_job(folder / "job.json") == read_job(folder / "wish.json")
+    machine = json.loads((folder / "machine.json").read_text())
+    assert (machine["backend"], machine["keras"]) == ("tensorflow", keras.__version__)
+    assert "cpu" in machine["devices"].lower()
+
+
+# killed for real
+
+FULL = replace(
+    EMOTION,
+    loss="focal",
+    learning_rate=0.03,
+    class_weights="effective",
+    schedule="plateau",
+    clip_norm=0.5,
+    ema=0.9,
+    mixup=0.2,
+    cutmix=1.0,
+    erase=0.3,
+    temperature=2.0,
+    epochs=30,
+)
+
+
+@pytest.fixture(scope="module")
+def taught(emotions: Path, tmp_path_factory: pytest.TempPathFactory) -> Job:
+    """A job with every feature at once, a teacher among them."""
+    path = tmp_path_factory.mktemp("teacher") / "teacher.keras"
+    keras.utils.set_random_seed(9)
+    fit.build(EMOTION, read_meta(emotions)).save(path)
+    return replace(FULL, teachers=(Teacher(str(path), sha256(path)),))
+
+
+def begin(job: Job, shards: Path, out: Path) -> BaseProcess:
+    """Train in a process of its own, forked from one that has imported all but run nothing."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["pipelines.fit"])
+    process = context.Process(target=fit.fit, args=(job, shards, out, out / "checkpoint"))
+    process.start()
+    return process
+
+
+def done(out: Path) -> int:
+    """The number of epochs whose state is saved."""
+    with suppress(FileNotFoundError):
+        return len(json.loads((out / "checkpoint/state.json").read_text())["history"])
+    return 0
+
+
+def test_killed_ten_times_at_random_it_ends_the_same(
+    taught: Job, emotions: Path, tmp_path: Path
 ) -> None:
-    rng = random.Random(7)
-    for kill in range(2):
-        process = start(job_file, emotions, tmp_path)
-        assert process.stdout is not None
-        begun = 0
-        for line in process.stdout:
-            begun += line.startswith("epoch ")
-            if begun == 3:
-                break
-        time.sleep(rng.uniform(0, 0.3))
+    undisturbed, disturbed = tmp_path / "one", tmp_path / "two"
+    process = begin(taught, emotions, undisturbed)
+    process.join()
+    assert process.exitcode == 0
+    rng, reached = random.Random(7), []
+    for kill in range(10):
+        before, process = done(disturbed), begin(taught, emotions, disturbed)
+        # Half of the kills hit the start, which takes longer than some epochs.
+        for _ in range(rng.choice([0, 1, 2]) if kill % 2 else 0):
+            while done(disturbed) <= before and process.is_alive():
+                time.sleep(0.01)
+            before = done(disturbed)
+        time.sleep(rng.uniform(0, 0.2 if kill % 2 else 4))
         process.kill()
-        process.communicate()
-        assert process.returncode == -9, f"attempt {kill} had ended before it could be killed"
-    process = start(job_file, emotions, tmp_path)
-    said, _ = process.communicate()
-    assert process.returncode == 0 and "resumed after epoch" in said
-    assert history(tmp_path) == history(undisturbed)
-    assert differences(tmp_path, undisturbed) == {}
+        process.join()
+        assert process.exitcode == -9, f"attempt {kill} had ended before it could be killed"
+        reached.append(done(disturbed))
+    assert 0 < reached[-1] < FULL.epochs and len(set(reached)) > 3
+    process = begin(taught, emotions, disturbed)
+    process.join()
+    assert process.exitcode == 0
+    assert len(history(undisturbed)) == FULL.epochs
+    assert history(disturbed) == history(undisturbed)
+    assert differences(disturbed, undisturbed) == {}
+    rates = {row["learning_rate"] for row in history(undisturbed)}
+    assert len(rates) > 1  # the plateau was felt
 
 
 # killed at each single step of saving
@@ -257,10 +342,8 @@ class Killer:
         for kind, names in {Path: ("replace", "unlink", "write_text")}.items():
             for name in names:
                 monkeypatch.setattr(kind, name, self.wrapped(getattr(kind, name), writes=False))
-        for name in ("save", "save_weights"):
-            monkeypatch.setattr(
-                keras.Model, name, self.wrapped(getattr(keras.Model, name), writes=True)
-            )
+        save = self.wrapped(keras.Model.save_weights, writes=True)
+        monkeypatch.setattr(keras.Model, "save_weights", save)
 
     def wrapped(self, function: Any, writes: bool) -> Any:
         def step(target: Any, *arguments: Any, **options: Any) -> Any:
@@ -300,21 +383,18 @@ def watch(patch: pytest.MonkeyPatch) -> Epochs:
     """Collect, for each epoch, the (image, view) pairs the network is given, in their order."""
     epochs: Epochs = []
 
-    class Watched(fit.Batches):
-        def __init__(self, view: View, batch: int, order: np.ndarray | None = None) -> None:
-            super().__init__(view, batch, order)
-            self.training = order is not None
-            if self.training:
-                epochs.append([])
+    class Watched(batches.Batches):
+        def __init__(self, *arguments: Any) -> None:
+            super().__init__(*arguments)
+            epochs.append([])
 
         def __getitem__(self, index: int) -> tuple[np.ndarray, ...]:
             images, labels = super().__getitem__(index)
-            if self.training:
-                epochs[-1] += [(int(image), int(view)) for image, view in images[:, 0, :2, 0]]
-                del epochs[-1][:-TRAIN]  # Keras looks at some batches beforehand
+            epochs[-1] += [(int(image), int(view)) for image, view in images[:, 0, :2, 0]]
+            del epochs[-1][:-TRAIN]  # Keras looks at some batches beforehand
             return images, labels
 
-    patch.setattr(fit, "Batches", Watched)
+    patch.setattr(batches, "Batches", Watched)
     return epochs
 
 
@@ -334,8 +414,10 @@ def test_order_follows_from_seed_and_epoch_alone(
     with pytest.raises(Killed):
         run(EMOTION, emotions, tmp_path, on_epoch=stop)
     seen.clear()
-    run(EMOTION, emotions, tmp_path)
-    assert seen in (whole_order[1:], whole_order[2:])
+    told: list[int] = []
+    run(EMOTION, emotions, tmp_path, on_epoch=lambda epoch, row: told.append(epoch))
+    assert seen == whole_order[2:]
+    assert told == [0, 1, 2]  # the earlier ones again
     seen.clear()
     run(replace(EMOTION, seed=2, epochs=1), emotions, tmp_path / "other")
     assert seen[0] != whole_order[0]
@@ -349,25 +431,6 @@ def weighted(shards: Path, folder: Path, weights: np.ndarray) -> Path:
     shutil.copytree(shards, folder)
     np.save(folder / "train/weights.npy", weights.astype(np.float32))
     return folder
-
-
-@pytest.mark.parametrize("task", ["emotions", "faces"])
-def test_weights_travel_with_their_images(
-    task: str, tmp_path: Path, request: pytest.FixtureRequest
-) -> None:
-    plain, weights = request.getfixturevalue(task), np.linspace(0.1, 1, TRAIN)
-    view = read_view(weighted(plain, tmp_path / "shards", weights), "train", 1)
-    order = np.random.default_rng(0).permutation(TRAIN)
-    batches = fit.Batches(view, 16, order)
-    got = [batches[index] for index in range(len(batches))]
-    assert [len(batch) for batch in got] == [3, 3, 3]
-    rows = np.concatenate([np.sort(order[start : start + 16]) for start in (0, 16, 32)])
-    np.testing.assert_allclose(np.concatenate([w for *_, w in got]), weights[rows], rtol=1e-6)
-    whole = fit.Batches(read_view(plain, "train", 1), 16, order)
-    for index, (images, labels, _) in enumerate(got):
-        expected = whole[index]
-        assert len(expected) == 2
-        assert np.array_equal(images, expected[0]) and np.array_equal(labels, expected[1])
 
 
 @pytest.mark.parametrize("task", ["emotions", "faces"])
@@ -451,7 +514,7 @@ def test_nor_one_that_another_version_of_the_code_left(
     assert "resumed" not in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("gone", ["epoch-0003.keras", "best.weights.h5"])
+@pytest.mark.parametrize("gone", ["epoch-0003.weights.h5", "best.weights.h5"])
 def test_nor_one_that_was_half_removed(
     gone: str, finished: Path, emotions: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -507,7 +570,8 @@ def test_a_loss_that_is_no_number_ends_it_and_keeps_the_state(
 def test_weights_decay_but_biases_do_not(faces: Path) -> None:
     keras.utils.set_random_seed(1)
     job = replace(EMOTION, learning_rate=0.1, weight_decay=0.5)
-    model = fit._compiled(job, read_meta(faces), steps=1)
+    model = fit.build(job, read_meta(faces))
+    fit._compile(model, job, 0, steps=1)
     model.optimizer.build(model.trainable_variables)
     before = [variable.numpy() for variable in model.trainable_variables]
     model.optimizer.iterations.assign(1)  # after the warm-up: lr > 0
@@ -520,31 +584,240 @@ def test_weights_decay_but_biases_do_not(faces: Path) -> None:
             assert shrunk == (variable.name == "kernel"), variable.path
 
 
-# job files
+# out of memory
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    "error",
     [
-        ({"learning_rat": 0.1}, "unknown field 'learning_rat'; known are .*'learning_rate'"),
-        ({"seed": None}, "seed"),
-        ({"widths": None}, "widths"),
+        MemoryError(),
+        tf.errors.ResourceExhaustedError(None, None, "OOM when allocating tensor"),
+        RuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9 bytes."),
+    ],
+    ids=["numpy", "tensorflow", "jax"],
+)
+def test_out_of_memory_ends_it_and_keeps_the_state(
+    error: Exception,
+    emotions: Path,
+    whole: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    real, epochs = keras.Model.fit, count(1)
+
+    def full(*arguments: Any, **options: Any) -> Any:
+        if next(epochs) == 2:
+            raise error
+        return real(*arguments, **options)
+
+    with monkeypatch.context() as patch, pytest.raises(GrimaceError) as told:
+        patch.setattr(keras.Model, "fit", full)
+        run(EMOTION, emotions, tmp_path)
+    for part in (
+        "training emotion-plain: out of memory",
+        "Make batch smaller (now 8)",
+        f"The state after epoch 1 is kept in {tmp_path / 'checkpoint'}",
+    ):
+        assert part in str(told.value)
+    run(EMOTION, emotions, tmp_path)
+    assert differences(tmp_path, whole) == {}
+
+
+def test_other_errors_are_not_explained_away(
+    emotions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: Any, **__: Any) -> None:
+        raise RuntimeError("something else")
+
+    monkeypatch.setattr(keras.Model, "fit", fails)
+    with pytest.raises(RuntimeError, match="something else"):
+        run(EMOTION, emotions, tmp_path)
+
+
+# averaged weights
+
+
+def test_averaged_weights_are_what_is_validated_and_saved(
+    emotions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The mean of the trained weights after each step, with its own batch statistics."""
+    job = replace(EMOTION, ema=0.7, epochs=1, dropout=0.0)
+    steps: list[list[np.ndarray]] = []
+    fed = follow_steps(monkeypatch, steps)
+    rows: list[dict[str, float]] = []
+    model = run(job, emotions, tmp_path, on_epoch=lambda _, row: rows.append(row))
+    average = steps[0]
+    for step in steps[1:]:
+        pairs = zip(average, step, strict=True)
+        average = [0.7 * mean + np.float32(0.3) * new for mean, new in pairs]
+    for got, mean, last in zip(model.trainable_weights, average, steps[-1], strict=True):
+        np.testing.assert_allclose(got.numpy(), mean, rtol=1e-4, atol=1e-6)
+        assert not np.allclose(got.numpy(), last, rtol=1e-4, atol=1e-6)
+
+    (norm, *_) = (x for x in model.layers if isinstance(x, keras.layers.BatchNormalization))
+    before = keras.Model(model.inputs, norm.input)
+    inputs = [before.predict(fed[-1][index][0], verbose=0) for index in range(len(fed[-1]))]
+    means = np.mean([batch.mean((0, 1, 2)) for batch in inputs], 0)
+    variances = np.mean([batch.var((0, 1, 2)) for batch in inputs], 0)
+    np.testing.assert_allclose(norm.moving_mean.numpy(), means, rtol=1e-3, atol=1e-5)
+    np.testing.assert_allclose(norm.moving_variance.numpy(), variances, rtol=1e-3, atol=1e-5)
+
+    val = read_view(emotions, "val")
+    answer = model.predict(val.images.astype(np.float32), verbose=0)
+    loss = -np.log(0.95 * answer + 1e-9)  # only to see that the two go together
+    assert np.isfinite(loss).all()
+    assert rows[0]["val_accuracy"] == (answer.argmax(1) == val.emotions).mean()
+
+
+def follow_steps(patch: pytest.MonkeyPatch, steps: list[list[np.ndarray]]) -> list[Any]:
+    """Note the trained weights after each step; return the batches of each epoch."""
+    real, fed = keras.Model.fit, []
+
+    def watched(model: keras.Model, data: Any, callbacks: list[Any], **options: Any) -> Any:
+        def note(batch: int, logs: Any) -> None:
+            steps.append([weight.numpy() for weight in model.trainable_weights])
+
+        fed.append(data)
+        more = [*callbacks, keras.callbacks.LambdaCallback(on_train_batch_end=note)]
+        return real(model, data, callbacks=more, **options)
+
+    patch.setattr(keras.Model, "fit", watched)
+    return fed
+
+
+def test_training_goes_on_from_its_own_weights(
+    emotions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Averaging watches; it does not change what is trained."""
+    trained = []
+    for ema in (None, 0.9):
+        steps: list[list[np.ndarray]] = []
+        with monkeypatch.context() as patch:
+            follow_steps(patch, steps)
+            run(replace(EMOTION, ema=ema, epochs=2), emotions, tmp_path / str(ema))
+        trained.append(steps)
+    for one, other in zip(*trained, strict=True):
+        assert all(np.array_equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+# when it ends, and its phases
+
+
+def test_it_stops_when_nothing_is_gained(emotions: Path, tmp_path: Path) -> None:
+    job = replace(EMOTION, patience=2, epochs=30)
+    run(job, emotions, tmp_path)
+    accuracies = [float(row["val_accuracy"]) for row in history(tmp_path)]
+    assert len(accuracies) == accuracies.index(max(accuracies)) + 3 < 30
+    (tmp_path / "model.keras").unlink()
+    run(job, emotions, tmp_path)  # stays stopped
+    assert len(history(tmp_path)) == len(accuracies)
+
+
+@pytest.fixture
+def head_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Freezing as the transfer networks do it, for one that has no pre-trained part."""
+
+    def set_frozen(model: keras.Model, frozen: bool) -> None:
+        for layer in model.layers[:-2]:
+            layer.trainable = not frozen
+
+    transfer = SimpleNamespace(set_frozen=set_frozen)
+    monkeypatch.setitem(sys.modules, "models.transfer", transfer)
+
+
+@pytest.mark.usefixtures("head_alone")
+def test_the_head_is_trained_first_then_all(
+    emotions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = replace(EMOTION, frozen_epochs=2, fine_tune_rate=0.01, epochs=4)
+    kernels: list[np.ndarray] = []
+
+    def note(epoch: int, row: dict[str, float]) -> None:
+        file = tmp_path / f"checkpoint/epoch-{epoch + 1:04d}.weights.h5"
+        kernels.append(arrays(file)["layers/conv2d/vars/0"])
+
+    run(job, emotions, tmp_path, on_epoch=note)
+    assert np.array_equal(kernels[0], kernels[1])
+    assert not np.array_equal(kernels[1], kernels[2])
+    rates = [float(row["learning_rate"]) for row in history(tmp_path)]
+    assert rates[1] == pytest.approx(0, abs=1e-6) and 0 < rates[2] < 0.01
+    assert phase_at(job, 2).rate == 0.01
+
+    def stop(last: int) -> Callable[[int, dict[str, float]], None]:
+        def killed(epoch: int, row: dict[str, float]) -> None:
+            if epoch == last:
+                raise Killed
+
+        return killed
+
+    again = tmp_path / "again"
+    for last in (1, 2):  # at the border, and after it
+        with pytest.raises(Killed):
+            run(job, emotions, again, on_epoch=stop(last))
+    run(job, emotions, again)
+    assert history(again) == history(tmp_path)
+    assert differences(again, tmp_path) == {}
+
+
+# teachers
+
+
+def test_a_student_follows_its_teacher_where_that_alone_counts(
+    emotions: Path, whole: Path, tmp_path: Path
+) -> None:
+    """The teacher mistakes each class for the other, and so does the student."""
+    trained = keras.models.load_model(whole / "model.keras")
+    *_, dense, _ = trained.layers
+    kernel, bias = dense.get_weights()
+    swapped = np.arange(7)
+    swapped[[3, 5]] = [5, 3]
+    dense.set_weights([kernel[:, swapped], bias[swapped]])
+    trained.save(tmp_path / "teacher.keras")
+    teacher = Teacher(str(tmp_path / "teacher.keras"), sha256(tmp_path / "teacher.keras"))
+    job = replace(EMOTION, teachers=(teacher,), teacher_weight=1.0, temperature=2.0, epochs=6)
+    run(job, emotions, tmp_path)
+    last = history(tmp_path)[-1]
+    assert float(last["accuracy"]) < 0.1 and float(last["val_accuracy"]) < 0.1
+
+
+# which is faster
+
+
+def test_precisions_are_compared(emotions: Path, tmp_path: Path) -> None:
+    said = fit.compare_precisions(replace(EMOTION, precision="mixed_bfloat16"), emotions)
+    figure = r"([\d.]+) ms a step \(\d+ images/s\)"
+    found = re.fullmatch(
+        rf"emotion-plain under tensorflow: float32 {figure}, mixed_bfloat16 {figure}; "
+        r"([\d.]+) times as fast",
+        said,
+    )
+    assert found
+    plain, mixed, ratio = map(float, found.groups())
+    assert ratio == pytest.approx(plain / mixed, rel=0.05)
+    assert keras.mixed_precision.dtype_policy().name == "float32"
+
+
+# what the job asks for
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"network": "plane"}, "emotion-plain: no network 'plane' for emotion; .*plain"),
+        ({"weights": "imagenet"}, "emotion-plain: network plain cannot be built: .*imagenet"),
     ],
 )
-def test_a_field_that_is_unknown_or_missing(
-    change: dict[str, Any], message: str, tmp_path: Path
+def test_a_network_that_cannot_be_had(
+    change: dict[str, Any], words: str, emotions: Path, tmp_path: Path
 ) -> None:
-    raw = {name: value for name, value in (asdict(EMOTION) | change).items() if value is not None}
-    path = tmp_path / "job.json"
-    path.write_text(json.dumps(raw))
-    with pytest.raises(GrimaceError, match=f"job.json: .*{message}"):
-        fit.read_job(path)
+    with pytest.raises(GrimaceError, match=words):
+        run(replace(EMOTION, **change), emotions, tmp_path)
 
 
-def test_a_job_file_gives_its_job(tmp_path: Path) -> None:
-    path = tmp_path / "job.json"
-    path.write_text(json.dumps(asdict(LANDMARKS)))
-    assert fit.read_job(path) == LANDMARKS
+def test_every_job_of_params_names_a_network() -> None:
+    known = {"emotion": emotion.NETWORKS, "landmarks": landmarks.NETWORKS}
+    for job in load_params(ROOT / "params.yaml").train.jobs.values():
+        assert (job.network or job.model) in known[job.task]
 
 
 # imports
@@ -572,7 +845,10 @@ for module in walk_packages(models.__path__, "models."):
     __import__(module.name)
 import pipelines.fit
 import keras
-heavy = {"tensorflow", "mlflow", "dvc", "prefect", "tensorflow_datasets"}
+heavy = {
+    *("tensorflow", "mlflow", "dvc", "prefect", "tensorflow_datasets", "albumentations", "cv2"),
+    *("pandas", "pydantic", "yaml", "psutil", "tqdm", "requests", "sklearn", "matplotlib"),
+}
 print(keras.backend.backend(), sorted(heavy & set(sys.modules)), "models.losses" in sys.modules)
 """
     ended = subprocess.run(

@@ -113,7 +113,11 @@ def test_unknown_key_like_no_other(load: Load) -> None:
         ("train.jobs.emotion-plain.learning_rate", float("nan")),
         ("train.jobs.emotion-plain.epochs.default", 0),
         ("train.jobs.emotion-plain.widths.1", -2),
-        ("train.jobs.emotion-plain.model", "resnet"),
+        ("train.jobs.emotion-plain.network", "Res Net"),
+        ("train.jobs.emotion-plain.loss", "hinge"),
+        ("train.jobs.emotion-plain.ema", 1.0),
+        ("train.jobs.emotion-plain.erase", 1.1),
+        ("train.jobs.emotion-plain.teacher_weight", 0),
         ("tasks.emotion.size", 50),
         ("tasks.emotion.channels", 2),
         ("augment.workers", -1),
@@ -209,6 +213,48 @@ def test_a_job_is_called_by_what_it_trains(load: Load) -> None:
     raw = copy.deepcopy(REAL)
     raw["train"]["jobs"]["best"] = raw["train"]["jobs"].pop("emotion-plain")
     assert "job best must be called emotion-plain" in complaint(load, raw)
+
+
+def test_a_job_has_its_own_name_beside_its_network_s(load: Load) -> None:
+    raw = copy.deepcopy(REAL)
+    raw["train"]["jobs"]["emotion-slow"] = raw["train"]["jobs"]["emotion-plain"] | {
+        "model": "slow",
+        "network": "plain",
+    }
+    jobs = load(raw).train.jobs
+    slow, plain = (jobs[name].resolved("fer2013") for name in ("emotion-slow", "emotion-plain"))
+    assert (slow.model, slow.network, slow.epochs) == ("slow", "plain", plain.epochs)
+    assert plain.network == "plain"
+
+
+@pytest.mark.parametrize(
+    ("job", "change", "said"),
+    [
+        ("emotion-plain", {"loss": "mse"}, "loss mse does not fit task emotion"),
+        ("landmarks-plain", {"cutmix": 1.0}, "cutmix is not for landmarks"),
+        ("emotion-plain", {"epochs": {"fer2013": 3}}, "epochs needs a 'default'"),
+        ("emotion-plain", {"epochs": {"default": 3, "fer": 3}}, "unknown datasets: fer"),
+        (
+            "emotion-plain",
+            {"epochs": {"default": 9, "fer2013": 3}, "frozen_epochs": 3, "fine_tune_rate": 0.1},
+            "frozen_epochs 3 leave none of 3",
+        ),
+    ],
+)
+def test_a_job_that_makes_no_sense(load: Load, job: str, change: dict[str, Any], said: str) -> None:
+    key = f"train.jobs.{job}"
+    raw = changed(key, REAL["train"]["jobs"][job] | change)
+    assert complaint(load, raw).startswith(f"{key}: ") and said in complaint(load, raw)
+
+
+def test_teachers_are_files_with_their_sums(load: Load) -> None:
+    key = "train.jobs.emotion-plain"
+    teacher = {"path": "runs/emotion/vgg/model.keras", "sha256": "a" * 64}
+    job = load(changed(f"{key}.teachers", [teacher])).train.jobs["emotion-plain"]
+    (found,) = job.resolved("synthetic").teachers
+    assert (found.path, found.sha256) == (teacher["path"], teacher["sha256"])
+    said = complaint(load, changed(f"{key}.teachers", [teacher | {"sha256": "a"}]))
+    assert said.startswith(f"{key}.teachers.0.sha256: ")
 
 
 def test_a_task_without_a_model_is_refused(load: Load) -> None:
