@@ -187,9 +187,9 @@ def calibration(
         bins: how many there are.
 
     Returns:
-        Arrays of shape (…): ece, brier, nll; and of shape (…, bins), the reliability curve: the
-        `share` of examples in a bin, their mean `confidence` and their `accuracy` (both 0 where
-        there are none).
+        Arrays of shape (…): ece, brier, nll; and of shape (…, bins), the reliability curve:
+        bin_share, the share of examples in a bin, their mean bin_confidence and their bin_accuracy
+        (both 0 where there are none).
     """
     probabilities = probabilities.astype(np.float64)
     confidence, right = probabilities.max(-1), probabilities.argmax(-1) == truth
@@ -205,9 +205,9 @@ def calibration(
         "ece": np.abs(confident - correct).sum(-1),
         "brier": means[..., -2],
         "nll": means[..., -1],
-        "share": share,
-        "confidence": _ratio(confident, share),
-        "accuracy": _ratio(correct, share),
+        "bin_share": share,
+        "bin_confidence": _ratio(confident, share),
+        "bin_accuracy": _ratio(correct, share),
     }
 
 

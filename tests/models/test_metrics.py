@@ -110,18 +110,18 @@ def test_calibration_agrees_with_a_loop_and_with_scikit_learn(bins: int) -> None
     )
     expected = ((np.eye(7)[truth] - exact) ** 2).sum(1).mean()
     assert found["brier"] == pytest.approx(expected)
-    assert found["share"].sum() == pytest.approx(1)
+    assert found["bin_share"].sum() == pytest.approx(1)
     right = probabilities.argmax(1) == truth
-    assert found["share"] @ found["accuracy"] == pytest.approx(right.mean())
-    assert found["share"] @ found["confidence"] == pytest.approx(exact.max(1).mean())
+    assert found["bin_share"] @ found["bin_accuracy"] == pytest.approx(right.mean())
+    assert found["bin_share"] @ found["bin_confidence"] == pytest.approx(exact.max(1).mean())
 
 
 def test_a_confidence_on_a_bound_belongs_to_the_bin_below() -> None:
     probabilities = np.array([[0.6, 0.4], [0.8, 0.2], [1.0, 0.0]])
     found = calibration(np.array([0, 1, 0]), probabilities, np.ones(3), bins=5)
-    assert found["share"] == pytest.approx([0, 0, 1 / 3, 1 / 3, 1 / 3])
-    assert found["accuracy"] == pytest.approx([0, 0, 1, 0, 1])
-    assert found["confidence"] == pytest.approx([0, 0, 0.6, 0.8, 1])
+    assert found["bin_share"] == pytest.approx([0, 0, 1 / 3, 1 / 3, 1 / 3])
+    assert found["bin_accuracy"] == pytest.approx([0, 0, 1, 0, 1])
+    assert found["bin_confidence"] == pytest.approx([0, 0, 0.6, 0.8, 1])
     assert found["ece"] == pytest.approx((0.4 + 0.8 + 0) / 3)
 
 
