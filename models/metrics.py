@@ -53,14 +53,36 @@ def box_errors(truth: np.ndarray, predicted: np.ndarray, visible: np.ndarray) ->
     return _mean_distance(truth, predicted, visible) / np.where(size > 0, size, np.nan)
 
 
+def absolute_errors(truth: np.ndarray, predicted: np.ndarray, visible: np.ndarray) -> np.ndarray:
+    """Return each example's mean absolute error over both coordinates of its visible points.
+
+    Args:
+        truth, predicted: (n, N, 2), crop coordinates.
+        visible: bool (n, N).
+
+    Returns:
+        float64 (n,), in units of the crop's side; NaN where no point is visible.
+    """
+    error = np.abs(truth.astype(np.float64) - predicted.astype(np.float64)).mean(-1)
+    return _mean_of_visible(error, visible)
+
+
 def _mean_distance(truth: np.ndarray, predicted: np.ndarray, visible: np.ndarray) -> np.ndarray:
-    error = np.linalg.norm(truth - predicted, axis=-1)
+    return _mean_of_visible(np.linalg.norm(truth - predicted, axis=-1), visible)
+
+
+def _mean_of_visible(error: np.ndarray, visible: np.ndarray) -> np.ndarray:
     counts = visible.sum(1)
-    return (error * visible).sum(1) / np.where(counts > 0, counts, np.nan)
+    total = np.where(visible, error, 0).sum(1)  # what is stored for the others may be anything
+    return total / np.where(counts > 0, counts, np.nan)
 
 
 def landmark_metrics(
-    errors: np.ndarray, inner: np.ndarray, boxed: np.ndarray, weights: np.ndarray
+    errors: np.ndarray,
+    inner: np.ndarray,
+    boxed: np.ndarray,
+    absolute: np.ndarray,
+    weights: np.ndarray,
 ) -> dict[str, np.ndarray]:
     """Summarise per-example errors.
 
@@ -70,11 +92,13 @@ def landmark_metrics(
     Args:
         errors, inner: (n,) from `interocular_errors` over all and over inner points, without NaN.
         boxed: (n,) from `box_errors`, without NaN.
+        absolute: (n,) from `absolute_errors`, without NaN.
         weights: (…, n).
 
     Returns:
         Arrays of shape (…), fractions: nme_interocular (all labelled points),
-        nme_interocular_inner, nme_box, fr10, auc10.
+        nme_interocular_inner, nme_box, fr10, auc10, and mae (of the crop's side). Every example
+        counts alike in all of them, however many of its points are labelled.
     """
     total = weights.sum(-1)
     return {
@@ -84,7 +108,28 @@ def landmark_metrics(
         "fr10": weights @ (errors > 0.10).astype(float) / total,
         # Each example adds to the curve from its own error onwards.
         "auc10": weights @ np.clip(1 - errors / 0.10, 0, 1) / total,
+        "mae": weights @ absolute / total,
     }
+
+
+def ced_curve(
+    errors: np.ndarray, weights: np.ndarray, limit: float = 0.2, steps: int = 100
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the cumulative error distribution: the share of examples up to each error.
+
+    Args:
+        errors: (n,), without NaN.
+        weights: (…, n).
+        limit: the largest threshold.
+        steps: equal steps from 0 to it.
+
+    Returns:
+        Thresholds (steps + 1,), and shares (…, steps + 1) of the examples whose error does not
+        exceed them.
+    """
+    thresholds = np.linspace(0, limit, steps + 1)
+    below = (errors[:, None] <= thresholds).astype(float)
+    return thresholds, weights @ below / weights.sum(-1)[..., None]
 
 
 def confusion(
@@ -121,6 +166,48 @@ def emotion_metrics(matrix: np.ndarray) -> dict[str, np.ndarray]:
         "precision": _ratio(right, predicted),
         "recall": recall,
         "f1": f1,
+    }
+
+
+def calibration(
+    truth: np.ndarray, probabilities: np.ndarray, weights: np.ndarray, bins: int = 15
+) -> dict[str, np.ndarray]:
+    """Hold a classifier's confidence against how often it is right.
+
+    The expected calibration error (ECE; Guo et al. 2017, section 2): by the probability of the
+    class answered, examples fall into bins of equal width, each open at its lower and closed at
+    its upper end; the gap between mean confidence and accuracy of a bin, averaged over examples.
+    The Brier score (Brier 1950) is the squared distance from the one-hot truth, summed over
+    classes, 0 to 2. The negative log-likelihood takes probabilities below 1e-7 for 1e-7.
+
+    Args:
+        truth: int (n,).
+        probabilities: (n, C).
+        weights: (…, n).
+        bins: how many there are.
+
+    Returns:
+        Arrays of shape (…): ece, brier, nll; and of shape (…, bins), the reliability curve:
+        bin_share, the share of examples in a bin, their mean bin_confidence and their bin_accuracy
+        (both 0 where there are none).
+    """
+    probabilities = probabilities.astype(np.float64)
+    confidence, right = probabilities.max(-1), probabilities.argmax(-1) == truth
+    own = probabilities[np.arange(len(truth)), truth]
+    brier = (probabilities**2).sum(-1) - 2 * own + 1
+    place = np.digitize(confidence, np.linspace(0, 1, bins + 1)[1:-1], right=True)
+    member = np.eye(bins)[place]
+    parts = [member, member * confidence[:, None], member * right[:, None]]
+    single = np.stack([brier, -np.log(np.maximum(own, 1e-7))], 1)
+    means = weights @ np.concatenate([*parts, single], 1) / weights.sum(-1)[..., None]
+    share, confident, correct = (means[..., k * bins : (k + 1) * bins] for k in range(3))
+    return {
+        "ece": np.abs(confident - correct).sum(-1),
+        "brier": means[..., -2],
+        "nll": means[..., -1],
+        "bin_share": share,
+        "bin_confidence": _ratio(confident, share),
+        "bin_accuracy": _ratio(correct, share),
     }
 
 

@@ -9,19 +9,28 @@ By itself it measures any model file on any dataset's archive (or part of one):
     python -m pipelines.evaluate --model deploy/emotion/tflite/int8.tflite \
         --dataset fer2013 --archive fer2013.zip --split test --json scores.json --plots plots/
 
-The model may be a .keras, .tflite or .onnx file or a TF.js folder (run in headless Chromium where
-there is one, else in Node; the output says which). Sides follow the dataset's protocol: FER-2013's
-own, people apart for YTF; official train stays train, even where `split` draws a side from it.
-Every readable labelled example counts, duplicates too; rows that cannot be used are counted under
-"unusable" with their reasons, on every side where a row has lost its own. Figures come over all
-faces and by slice: class, brightness, yaw, face size and source.
+or on the graph's own data, of which it takes validation unless told otherwise:
+
+    python -m pipelines.evaluate --model A.keras B.keras --test-time flip --out ensemble/
+
+A model may be a .keras, .tflite or .onnx file or a TF.js folder (run in headless Chromium where
+there is one, else in Node; the output says which). Several are an ensemble: their probabilities or
+coordinates are averaged. `--test-time` averages over the mirror image or ten crops as well; of a
+job, which may be deployed, the figures of the single crop stay the first and what averaging gives
+stands apart, under "averaged".
+Sides follow the dataset's protocol: FER-2013's own, people apart for YTF; official train stays
+train, even where `split` draws a side from it. Every readable labelled example counts, duplicates
+too; rows that cannot be used are counted under "unusable" with their reasons, on every side where a
+row has lost its own. Figures come over all faces and by slice: class, brightness, yaw, face size
+and source.
 """
 
 import argparse
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,7 +39,10 @@ import numpy as np
 import pandas as pd
 
 from models.metrics import (
+    absolute_errors,
     box_errors,
+    calibration,
+    ced_curve,
     confusion,
     emotion_metrics,
     interocular_errors,
@@ -38,18 +50,20 @@ from models.metrics import (
 )
 from models.schemes import EMOTIONS, SCHEMES
 from pipelines import tracking
+from pipelines.averaging import PASSES, five_crops, mean_answer, predict
 from pipelines.cli import GrimaceError, run, whole_folder
-from pipelines.crops import UnreadableImageError, decode
+from pipelines.crops import UnreadableImageError, decode, face_box
 from pipelines.datasets import DATASETS, GENERATED, examples, module_of
 from pipelines.datasets.archive import open_archive
 from pipelines.datasets.example import Example
 from pipelines.datasets.table import read_examples
-from pipelines.params import Evaluate, Params, Task, TaskName, load_params
+from pipelines.params import Evaluate, Params, Task, TaskName, TestTime, load_params
 from pipelines.runtimes import Runtime, load
 from pipelines.shards import read_view
 from pipelines.sheets import contact_sheet
 from pipelines.slices import (
     COLUMNS,
+    FEWEST,
     YAW_BINS,
     bins_of,
     figures_by_slice,
@@ -64,24 +78,44 @@ DECIDES = {"emotion": "accuracy", "landmarks": "nme_interocular"}
 
 
 def main() -> None:
-    """Measure a job of the graph, or any model on any archive."""
+    """Measure a job of the graph, or any model or ensemble on any archive or the graph's data."""
     args = _arguments()
     params = load_params()
+    how = args.test_time or params.evaluate.test_time
     if args.job:
-        evaluate_job(args.job, params)
+        evaluate_job(args.job, params, how)
         return
-    with load(args.model) as model:
-        task = task_of(model)
-        faces = faces_of_archive(args.dataset, args.archive, args.split, model, task, params)
-        outputs = model.predict(faces.images)
-        scores = measure(faces, outputs, params.evaluate)
-        scores |= by_slice(faces, outputs, params.evaluate)
-        context = {"model": str(args.model), "runtime": model.name}
-    scores |= context | {"dataset": args.dataset, "split": args.split, "unusable": faces.unusable}
+    side = args.split if args.dataset else args.side
+    with ExitStack() as opened:
+        models = [opened.enter_context(load(path)) for path in args.model]
+        task = task_of(models)
+        settings = params.tasks.named(task)
+
+        def read(shaped: Task) -> Faces:
+            if args.dataset:
+                archive = args.dataset, args.archive, side
+                return faces_of_archive(*archive, task, shaped, params, how == "ten_crop")
+            return with_traits(faces_of_side(task, shaped, side, five=how == "ten_crop"), shaped)
+
+        faces, outputs = ask(models, settings, read, how)
+    scores = measure(faces, outputs, params.evaluate) | by_slice(faces, outputs, params.evaluate)
+    scores |= {
+        "model": " + ".join(map(str, args.model)),
+        "runtime": " + ".join(sorted({model.name for model in models})),
+        "dataset": args.dataset or settings.dataset,
+        "split": side,
+        "test_time": how,
+        "unusable": faces.unusable,
+    }
+    title = f"{' + '.join(path.name for path in args.model)}, {side}"
+    if args.out:
+        scores["cost"] = costs_of(args.model, PASSES[how])
+        with whole_folder(args.out) as out:
+            write_report(faces, outputs, scores, params.evaluate, out, title)
+            save_predictions(out, faces, outputs, args.model)
     if args.plots:
         # Not `whole_folder`: what else the user keeps in that folder stays.
         args.plots.mkdir(parents=True, exist_ok=True)
-        title = f"{args.model.name}, {args.split}"
         write_plots(faces, outputs, params.evaluate, args.plots, title)
         draw_slices(scores, args.plots, title)
     text = json.dumps(scores, indent=2)
@@ -96,22 +130,48 @@ def _arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--job", help="a name under train.jobs; the graph's own call")
-    parser.add_argument("--model", type=Path, help=".keras, .tflite, .onnx, or a TF.js folder")
+    parser.add_argument(
+        "--model",
+        type=Path,
+        nargs="+",
+        help=".keras, .tflite, .onnx, or a TF.js folder; several are averaged",
+    )
     parser.add_argument("--dataset", choices=DATASETS, help="whose layout the archive has")
     parser.add_argument("--archive", type=Path, help="zip, folder or csv; none for synthetic")
-    parser.add_argument("--split", choices=(*SIDES, "all"), default="test")
+    parser.add_argument("--split", choices=(*SIDES, "all"), default="test", help="of the archive")
+    parser.add_argument(
+        "--side", choices=("val", "test"), default="val", help="of the graph's data, with --out"
+    )
+    parser.add_argument(
+        "--test-time",
+        choices=tuple(PASSES),
+        help="average over the mirror image or ten crops; default: evaluate.test_time in params",
+    )
     parser.add_argument("--json", type=Path, help="write the scores here too")
     parser.add_argument(
         "--plots", type=Path, help="folder for confusion matrix or CED, slices, worst cases"
     )
+    parser.add_argument(
+        "--out", type=Path, help="folder for scores, plots and each face's answer; is replaced"
+    )
     args = parser.parse_args()
     if not args.job:
-        if not (args.model and args.dataset):
-            parser.error("give either --job, or --model and --dataset (and --archive)")
-        if not args.archive and args.dataset != GENERATED:
+        if not args.model or not (args.dataset or args.out):
+            parser.error(
+                "give either --job, or --model with --dataset (and --archive), or --model with "
+                "--out for the graph's own data"
+            )
+        if args.dataset and not args.archive and args.dataset != GENERATED:
             parser.error(f"--archive is needed for {args.dataset}")
         if args.archive and args.dataset == GENERATED:
             parser.error(f"{GENERATED} faces are drawn, not read: leave --archive out")
+        if args.archive and not args.dataset:
+            parser.error("--archive needs --dataset: whose layout it has")
+    if args.out and args.out.exists() and not (args.out / "scores.json").exists():
+        raise GrimaceError(
+            f"{args.out} would be replaced, and it holds no scores of an earlier evaluation: name "
+            "a folder of its own"
+        )
     return args
 
 
@@ -129,6 +189,8 @@ class Faces:
         visible: bool (n, N); None for emotion.
         unusable: how many rows were left out, by reason.
         traits: one row a face, the columns of `pipelines.slices`; None where not asked for.
+        five: corner and centre crops and where they lie, as `averaging.five_crops` gives them:
+            uint8 (n, 5, S, S, C), float32 (n, 5, 3); None where not asked for.
     """
 
     ids: np.ndarray
@@ -139,9 +201,10 @@ class Faces:
     visible: np.ndarray | None
     unusable: dict[str, int]
     traits: pd.DataFrame | None = None
+    five: tuple[np.ndarray, np.ndarray] | None = None
 
 
-def evaluate_job(name: str, params: Params) -> None:
+def evaluate_job(name: str, params: Params, how: TestTime = "none") -> None:
     """Measure a trained job on validation; write its report and add it to its MLflow run."""
     import mlflow
 
@@ -150,22 +213,130 @@ def evaluate_job(name: str, params: Params) -> None:
     job = params.train.jobs[name]
     path = Path("runs", job.task, job.model, "model.keras")
     report = Path("reports/evaluate", job.task, job.model)
-    faces = faces_of_shards(job.task, params.tasks.named(job.task))
+    task = params.tasks.named(job.task)
+    faces = faces_of_shards(job.task, task)
     with load(path) as model:
-        outputs = model.predict(faces.images)
-    scores = measure(faces, outputs, params.evaluate) | {"split": "val"}
-    scores |= by_slice(faces, outputs, params.evaluate)
+        outputs = predict(model, faces.images, "none")
+        scores = measure(faces, outputs, params.evaluate)
+        scores |= {"split": "val", "test_time": "none", "cost": costs_of([path])}
+        scores |= by_slice(faces, outputs, params.evaluate)
+        if how != "none":
+            ten = how == "ten_crop"  # which shows more of the pictures than shards hold
+            seen = faces_of_side(job.task, task, "val", five=True) if ten else faces
+            averaged = predict(model, seen.images, how, seen.five)
+            scores["averaged"] = measure(seen, averaged, params.evaluate) | {"test_time": how}
     with whole_folder(report) as out:
-        write_plots(faces, outputs, params.evaluate, out, f"{name}, validation")
-        draw_slices(scores, out, f"{name}, validation")
-        np.save(out / "outputs.npy", outputs)
-        (out / "scores.json").write_text(json.dumps(scores, indent=2) + "\n")
-    compact = {name: value for name, value in scores.items() if isinstance(value, int | float)}
-    report.with_suffix(".json").write_text(json.dumps(compact, indent=2) + "\n")
+        write_report(faces, outputs, scores, params.evaluate, out, f"{name}, validation")
+        save_predictions(out, faces, outputs, [path])
+    report.with_suffix(".json").write_text(json.dumps(_compact(scores), indent=2) + "\n")
     with tracking.run_of_model(params.tracking, job.task, path):
-        mlflow.log_metrics(tracking.flat(compact, "val."))
+        mlflow.log_metrics(charted(scores))
         mlflow.log_artifacts(str(report), "validation")
     print(headline(scores))
+    if how != "none":
+        print(headline(scores["averaged"]))
+
+
+def charted(scores: dict[str, Any]) -> dict[str, float]:
+    """Return what MLflow's compare page and charts show of a model.
+
+    Returns:
+        `val.METRIC`; the bounds of the deciding one's interval and of the calibration error's,
+        `val.METRIC.low` and `.high`; `val.averaged.METRIC` where answers were averaged too; and
+        parameters, multiply_adds and size_mib.
+    """
+    figures = tracking.flat(_compact(scores), "val.")
+    for name in (DECIDES[scores["task"]], "ece"):
+        if name in scores["ci95"]:
+            low, high = scores["ci95"][name]
+            figures |= {f"val.{name}.low": low, f"val.{name}.high": high}
+    figures |= tracking.flat(_compact(scores.get("averaged", {})), "val.averaged.")
+    cost = dict(scores["cost"])
+    return figures | {"size_mib": cost.pop("bytes") / 2**20} | tracking.flat(cost)
+
+
+def _compact(scores: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in scores.items() if isinstance(value, int | float)}
+
+
+def costs_of(paths: Sequence[Path], passes: int = 1) -> dict[str, int]:
+    """Return what answering about one face takes.
+
+    Args:
+        paths: a model, or the members of an ensemble.
+        passes: how often each looks, mirrored or shifted.
+
+    Returns:
+        bytes of the files; and where all are Keras models, parameters, and multiply_adds of all
+        passes where `models.cost` can count them.
+    """
+    files = [
+        file
+        for path in paths
+        for file in ([path] if path.is_file() else path.rglob("*"))
+        if file.is_file()
+    ]
+    cost = {"bytes": sum(file.stat().st_size for file in files)}
+    if any(path.suffix != ".keras" for path in paths):
+        return cost
+    import keras
+
+    models = [keras.saving.load_model(path, compile=False) for path in paths]
+    cost["parameters"] = sum(model.count_params() for model in models)
+    try:
+        from models.cost import multiply_adds
+
+        cost["multiply_adds"] = passes * sum(multiply_adds(model) for model in models)
+    except (ImportError, ValueError):  # ValueError: a layer of another's that it does not know
+        pass
+    return cost
+
+
+def ask(
+    models: Sequence[Runtime], task: Task, read: Callable[[Task], Faces], how: TestTime
+) -> tuple[Faces, np.ndarray]:
+    """Average the answers of all models, each to crops of the size and channels it takes.
+
+    Args:
+        models: one, or an ensemble of one task.
+        task: its dataset and margin.
+        read: gives the faces, the same for every shape.
+        how: what each model's own answers are averaged over.
+
+    Returns:
+        The faces as the first model takes them, and the answers.
+    """
+    shapes = list(dict.fromkeys(model.input_shape for model in models))
+    answers: dict[int, np.ndarray] = {}
+    first = None
+    for size, height, channels in shapes:
+        faces = read(task.model_copy(update={"size": size, "channels": channels}))
+        first = first or faces
+        for number, model in enumerate(models):
+            if model.input_shape == (size, height, channels):
+                answers[number] = predict(model, faces.images, how, faces.five)
+    assert first is not None
+    return first, mean_answer([answers[number] for number in range(len(models))])
+
+
+def write_report(
+    faces: Faces,
+    outputs: np.ndarray,
+    scores: dict[str, Any],
+    settings: Evaluate,
+    out: Path,
+    title: str,
+) -> None:
+    """Write scores.json and all plots."""
+    write_plots(faces, outputs, settings, out, title)
+    draw_slices(scores, out, title)
+    (out / "scores.json").write_text(json.dumps(scores, indent=2) + "\n")
+
+
+def save_predictions(out: Path, faces: Faces, outputs: np.ndarray, models: Sequence[Path]) -> None:
+    """Write predictions.npz: `ids`, `outputs` in their order, and the SHA-256 of each `models`."""
+    digests = [tracking.sha256(path) for path in models if path.is_file()]
+    np.savez_compressed(out / "predictions.npz", ids=faces.ids, outputs=outputs, models=digests)
 
 
 def faces_of_shards(name: TaskName, task: Task) -> Faces:
@@ -185,11 +356,19 @@ def faces_of_shards(name: TaskName, task: Task) -> Faces:
     )
 
 
-def faces_of_side(name: TaskName, task: Task, side: str, limit: int | None = None) -> Faces:
+def with_traits(faces: Faces, task: Task) -> Faces:
+    """Add what the split's index knows of each face."""
+    index = pd.read_parquet(Path("data/split", task.dataset, "index.parquet")).set_index("id")
+    return replace(faces, traits=index.loc[faces.ids, COLUMNS])
+
+
+def faces_of_side(
+    name: TaskName, task: Task, side: str, limit: int | None = None, five: bool = False
+) -> Faces:
     """Load one side of the task's clean dataset, cropped as in deployment.
 
     Of the train side, what training heeds: examples of weight 0 are left out. With `limit`, only
-    so many, evenly spaced over the side.
+    so many, evenly spaced over the side. With `five`, corner crops too.
     """
     clean = Path("data/clean", task.dataset)
     index = pd.read_parquet(Path("data/split", task.dataset, "index.parquet"))
@@ -203,13 +382,19 @@ def faces_of_side(name: TaskName, task: Task, side: str, limit: int | None = Non
         ids = [ids[place] for place in np.linspace(0, len(ids) - 1, limit).astype(int)]
     wanted = set(ids)
     rows = (row for row in read_examples(clean) if row.id in wanted)
-    return crop_all(rows, name, task)
+    return crop_all(rows, name, task, five=five)
 
 
 def faces_of_archive(
-    dataset: str, archive: Path | None, split: str, model: Runtime, task: TaskName, params: Params
+    dataset: str,
+    archive: Path | None,
+    split: str,
+    name: TaskName,
+    task: Task,
+    params: Params,
+    five: bool = False,
 ) -> Faces:
-    """Read an archive's side in the shape a model takes, with traits.
+    """Read an archive's side, cropped as `task` says, with traits, and with `five` corner crops.
 
     Raises:
         GrimaceError: the side is empty; says what there is.
@@ -232,13 +417,11 @@ def faces_of_archive(
             if lost or split in (side, "all"):
                 yield row
 
-    size, _, channels = model.input_shape
-    settings = params.tasks.named(task).model_copy(update={"size": size, "channels": channels})
-    faces = crop_all(of_side(), task, settings, partial(traits_of, dataset=dataset))
+    faces = crop_all(of_side(), name, task, partial(traits_of, dataset=dataset), five)
     if not len(faces.ids):
         there = ", ".join(f"{side} {count}" for side, count in sorted(found.items())) or "nothing"
         raise GrimaceError(
-            f"{archive or dataset} has no usable {split} example for task {task} (rows found: "
+            f"{archive or dataset} has no usable {split} example for task {name} (rows found: "
             f"{there}; unusable: {faces.unusable or 'none'}); try --split all"
         )
     return faces
@@ -249,13 +432,16 @@ def crop_all(
     name: TaskName,
     task: Task,
     traits: Callable[[Example], dict[str, Any]] | None = None,
+    five: bool = False,
 ) -> Faces:
     """Decode and crop examples; what cannot be used is counted by reason.
 
-    `traits`, where given, is asked for each face that is used.
+    `traits`, where given, is asked for each face that is used; with `five`, each is cropped at the
+    corners too.
     """
     unusable: Counter[str] = Counter()
     ids, groups, images, emotions, points, visible, found = [], [], [], [], [], [], []
+    corners = []
     for row in rows:
         if row.defect or (row.emotion < 0 if name == "emotion" else not row.visible.any()):
             unusable[row.defect or f"no label for {name}"] += 1
@@ -274,6 +460,9 @@ def crop_all(
         visible.append(mask)
         if traits:
             found.append(traits(row))
+        if five:
+            box = face_box(row, image.shape, task.margin)
+            corners.append(five_crops(image, box, task.size))
     is_emotion = name == "emotion"
     return Faces(
         ids=np.array(ids, str),
@@ -284,15 +473,29 @@ def crop_all(
         visible=None if is_emotion else np.array(visible, bool),
         unusable=dict(unusable),
         traits=pd.DataFrame(found, columns=COLUMNS) if traits else None,
+        five=_stacked(corners) if five else None,
     )
 
 
-def task_of(model: Runtime) -> TaskName:
-    """Tell a model's task from the shape of its output.
+def _stacked(corners: list[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
+    crops, places = zip(*corners, strict=True) if corners else ((), ())
+    return np.array(crops, np.uint8), np.array(places, np.float32)
+
+
+def task_of(models: Sequence[Runtime]) -> TaskName:
+    """Tell models' task from the shape of their outputs.
 
     Raises:
-        GrimaceError: neither seven probabilities nor the points of a known scheme.
+        GrimaceError: neither seven probabilities nor the points of a known scheme; or not all
+            models have the same task.
     """
+    tasks = sorted({_task_of(model) for model in models})
+    if len(tasks) > 1:
+        raise GrimaceError(f"models for {' and '.join(tasks)} cannot be averaged with each other")
+    return tasks[0]
+
+
+def _task_of(model: Runtime) -> TaskName:
     if model.output_shape == (len(EMOTIONS),):
         return "emotion"
     if int(np.prod(model.output_shape)) in [2 * size for size in SCHEMES]:
@@ -333,41 +536,60 @@ def measure(faces: Faces, outputs: np.ndarray, settings: Evaluate) -> dict[str, 
 def _measure_emotion(
     truth: np.ndarray, groups: np.ndarray, outputs: np.ndarray, settings: Evaluate
 ) -> dict[str, Any]:
-    names = ("accuracy", "macro_f1", "balanced_accuracy")
+    names = ("accuracy", "macro_f1", "balanced_accuracy", "ece", "brier", "nll")
+    by_class = ("precision", "recall", "f1")
     answers = outputs.argmax(-1)
 
     def statistic(weights: np.ndarray) -> dict[str, np.ndarray]:
         counts = confusion(truth, answers, weights, len(EMOTIONS))
-        return emotion_metrics(counts.astype(np.float64))
+        return emotion_metrics(counts.astype(np.float64)) | calibration(truth, outputs, weights)
 
     figures = statistic(np.ones(len(truth)))
-    counts = np.bincount(truth, minlength=len(EMOTIONS))
-    per_class = {
-        emotion: {
-            **{name: float(figures[name][index]) for name in ("precision", "recall", "f1")},
-            "n": int(counts[index]),
+    intervals = _intervals(statistic, (*names, *by_class), groups, settings)
+    per_class = {}
+    for index, emotion in enumerate(EMOTIONS):
+        mine = truth == index
+        enough = len(np.unique(groups[mine])) >= FEWEST
+        per_class[emotion] = {
+            **{name: float(figures[name][index]) for name in by_class},
+            "n": int(mine.sum()),
+            "ci95": {name: intervals[name][index] for name in by_class} if enough else None,
         }
-        for index, emotion in enumerate(EMOTIONS)
-    }
     return {
         "task": "emotion",
         "n": len(truth),
         **{name: float(figures[name]) for name in names},
         "per_class": per_class,
-        "ci95": _intervals(statistic, names, groups, settings),
+        "reliability": reliability(truth, outputs).to_dict("list"),
+        "ci95": {name: intervals[name] for name in names},
     }
+
+
+def reliability(truth: np.ndarray, outputs: np.ndarray) -> pd.DataFrame:
+    """Return the bins of `models.metrics.calibration` that hold a face, least confident first.
+
+    Returns:
+        Columns share (of the faces), confidence and accuracy.
+    """
+    found = calibration(truth, outputs, np.ones(len(truth)))
+    columns = ("share", "confidence", "accuracy")
+    table = pd.DataFrame({name: found[f"bin_{name}"] for name in columns})
+    return table[table["share"] > 0].reset_index(drop=True)
 
 
 def _measure_landmarks(faces: Faces, outputs: np.ndarray, settings: Evaluate) -> dict[str, Any]:
     assert faces.landmarks is not None
-    each = np.stack(landmark_errors(faces, outputs))
+    assert faces.visible is not None
+    own = landmark_errors(faces, outputs)
+    predicted = outputs.reshape(faces.landmarks.shape)
+    each = np.stack([*own, absolute_errors(faces.landmarks, predicted, faces.visible)])
     valid = np.isfinite(each).all(0)
-    errors, inner, boxed = each[:, valid]
+    errors, inner, boxed, absolute = each[:, valid]
     if not valid.any():
         raise GrimaceError("no example shows both eyes: the inter-ocular error is not defined")
 
     def statistic(weights: np.ndarray) -> dict[str, np.ndarray]:
-        return landmark_metrics(errors, inner, boxed, weights)
+        return landmark_metrics(errors, inner, boxed, absolute, weights)
 
     figures = statistic(np.ones(len(errors)))
     return {
@@ -450,29 +672,41 @@ def _intervals(
     names: tuple[str, ...],
     groups: np.ndarray,
     settings: Evaluate,
-) -> dict[str, list[float]]:
+) -> dict[str, list[Any]]:
+    """Return [low, high] of each figure, a list of them where it is one by class."""
     drawn: dict[str, list[np.ndarray]] = {name: [] for name in names}
     for weights in bootstrap_weights(groups, settings):
         figures = statistic(weights)
         for name in names:
             drawn[name].append(figures[name])
-    bounds = {name: np.percentile(np.concatenate(drawn[name]), [2.5, 97.5]) for name in names}
-    return {name: [float(low), float(high)] for name, (low, high) in bounds.items()}
+    return {
+        name: np.percentile(np.concatenate(values), [2.5, 97.5], axis=0).T.tolist()
+        for name, values in drawn.items()
+    }
 
 
 def headline(scores: dict[str, Any]) -> str:
-    """Return one line: the deciding metric with its interval."""
+    """Return one line: the deciding metric with its interval, and how answers were averaged."""
     name = DECIDES[scores["task"]]
     low, high = scores["ci95"][name]
-    return f"{name} {scores[name]:.2%} (95 % interval {low:.2%} to {high:.2%}, n = {scores['n']})"
+    how = scores.get("test_time", "none")
+    averaged = "" if how == "none" else f"averaged by {how}: "
+    return (
+        f"{averaged}{name} {scores[name]:.2%} "
+        f"(95 % interval {low:.2%} to {high:.2%}, n = {scores['n']})"
+    )
 
 
 def write_plots(
     faces: Faces, outputs: np.ndarray, settings: Evaluate, out: Path, title: str
 ) -> None:
-    """Write the confusion matrix or the CED curve (CSV and PNG), and a gallery of worst cases."""
+    """Write plots (CSV and PNG) and a gallery of worst cases.
+
+    For emotion confusion matrix and reliability curve, for landmarks the CED curve.
+    """
     if faces.emotions is not None:
         _plot_confusion(faces.emotions, outputs.argmax(-1), out, title)
+        _plot_reliability(faces.emotions, outputs, out, title)
         wrong = np.take_along_axis(outputs, faces.emotions[:, None], 1)[:, 0]
         worst = np.argsort(wrong, kind="stable")[: settings.gallery]
         captions = [
@@ -529,11 +763,31 @@ def _plot_confusion(truth: np.ndarray, answers: np.ndarray, out: Path, title: st
     plt.close(figure)
 
 
+def _plot_reliability(truth: np.ndarray, outputs: np.ndarray, out: Path, title: str) -> None:
+    import matplotlib.pyplot as plt
+
+    table = reliability(truth, outputs)
+    table.round(5).to_csv(out / "calibration.csv", index=False)
+    gap = float((table["share"] * (table["confidence"] - table["accuracy"]).abs()).sum())
+    figure, (curve, counts) = plt.subplots(
+        2, figsize=(5, 5), height_ratios=(3, 1), sharex=True, layout="constrained"
+    )
+    curve.plot([0, 1], [0, 1], color="grey", linewidth=0.8, linestyle=":")
+    curve.plot(table["confidence"], table["accuracy"], "o-")
+    curve.set(ylabel="accuracy", xlim=(0, 1), ylim=(0, 1))
+    curve.set_title(f"{title}: reliability, ECE {gap:.1%}", parse_math=False)
+    counts.bar(table["confidence"], table["share"], width=0.04)
+    counts.set(xlabel="confidence", ylabel="share of faces")
+    for axis in (curve, counts):
+        axis.grid(alpha=0.3)
+    figure.savefig(out / "calibration.png", dpi=80)
+    plt.close(figure)
+
+
 def _plot_ced(errors: np.ndarray, out: Path, title: str) -> None:
     import matplotlib.pyplot as plt
 
-    bounds = np.linspace(0, 0.2, 101)
-    share = (errors[:, None] <= bounds).mean(0)
+    bounds, share = ced_curve(errors, np.ones(len(errors)))
     pd.DataFrame({"nme": bounds.round(4), "share": share.round(5)}).to_csv(
         out / "ced.csv", index=False
     )

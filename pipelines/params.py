@@ -39,6 +39,7 @@ from pipelines.job import (
 )
 
 TaskName = Literal["emotion", "landmarks"]
+TestTime = Literal["none", "flip", "ten_crop"]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Share = Annotated[float, Field(gt=0.0, lt=1.0)]
 NonNegative = Annotated[float, Field(ge=0.0)]
@@ -519,11 +520,20 @@ class Train(_Section):
 
 
 class Evaluate(_Section):
-    """Resamples behind the 95 % intervals, their seed, and the size of the worst-case gallery."""
+    """How models are measured.
+
+    Attributes:
+        resamples: behind the 95 % intervals.
+        seed: of the resamples.
+        gallery: worst cases shown.
+        test_time: what answers are averaged over beside the single crop that is deployed: "none",
+            "flip" (and its mirror image) or "ten_crop".
+    """
 
     resamples: Annotated[int, Field(ge=100)]
     seed: int
     gallery: PositiveInt
+    test_time: TestTime = "none"
 
 
 class SelectTask(_Section):

@@ -34,7 +34,8 @@ def main() -> None:
     winner = str(ranking.iloc[0]["model"])
     faces = faces_of_shards(task, params.tasks.named(task))
     outputs = {
-        name: np.load(f"reports/evaluate/{task}/{name}/outputs.npy") for name in ranking["model"]
+        name: np.load(f"reports/evaluate/{task}/{name}/predictions.npz")["outputs"]
+        for name in ranking["model"]
     }
     leads = {
         name: lead(faces, outputs[winner], outputs[name], params.evaluate)

@@ -86,6 +86,16 @@ def test_one_command_ends_with_a_table_of_measured_deployables(workspace, first_
         assert {row["n"] for row in numerics.values()} == {test["n"]}
 
 
+def test_every_model_is_on_a_page_of_comparison(workspace, first_run):
+    for task, models in (("emotion", {"plain", "residual"}), ("landmarks", {"plain"})):
+        page = (workspace / f"reports/compare/{task}.html").read_text()
+        found = json.loads((workspace / f"reports/compare/{task}.json").read_text())
+        assert {row["name"] for row in found["models"]} == models
+        assert {row["answers"] for row in found["models"]} == {"saved by evaluate"}
+        assert "tflite/int8" in {row["name"] for row in found["deployables"]["rows"]}
+        assert "Deployables" in page
+
+
 def test_a_second_run_does_nothing(workspace, first_run):
     second = dvc(workspace, "repro")
     assert second.returncode == 0

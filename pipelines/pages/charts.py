@@ -13,6 +13,9 @@ BINS = 32
 MOST_BARS = 24
 MOST_PATTERNS = 10
 ROLES = ("pale", "main", "warm")
+LINES = [  # enough for fifteen to be told apart
+    (role, style) for style in ("-", "--", ":") for role in ("main", "warm", "gold", "ink", "soft")
+]
 
 
 def distribution(series: Mapping[str, np.ndarray], title: str, unit: str) -> Markup:
@@ -128,6 +131,226 @@ def shares(values: pd.DataFrame, title: str) -> Markup:
         for name, row in zip(names, values.to_dict("records"), strict=True)
     )
     return figure(draw, f"Dots: {title}. {said}.", size=(4.6, 1.1 + 0.32 * max(2, len(names))))
+
+
+def intervals(values: pd.DataFrame, title: str) -> Markup:
+    """Draw fractions as dots, each with its interval as a line.
+
+    Args:
+        values: columns value, low and high, rows named by its index; the first row on top.
+        title: what was measured.
+    """
+    names = [str(name) for name in values.index]
+    narrow = values["high"].max() - values["low"].min() < 0.06
+
+    def draw(axes: Any) -> None:
+        places = np.arange(len(names))
+        axes.hlines(places, values["low"], values["high"], color=colour("pale"), linewidth=3)
+        axes.plot(values["value"], places, "o", color=colour("main"), markersize=7)
+        axes.set_yticks(places, names)
+        axes.set_ylim(len(names) - 0.5, -0.5)
+        axes.xaxis.set_major_formatter("{x:.1%}" if narrow else "{x:.0%}")
+        axes.xaxis.set_major_locator(_few_ticks())
+        axes.grid(axis="x")
+        axes.grid(visible=False, axis="y")
+        axes.spines["left"].set_visible(False)
+        axes.tick_params(axis="y", length=0, labelcolor=colour("ink"))
+        axes.set_title(title)
+
+    said = "; ".join(
+        f"{name} {row['value']:.2%} ({row['low']:.2%} to {row['high']:.2%})"
+        for name, row in zip(names, values.to_dict("records"), strict=True)
+    )
+    return figure(
+        draw,
+        f"Dots with intervals: {title}. {said}.",
+        size=(4.6, 0.9 + 0.32 * max(2, len(names))),
+    )
+
+
+def curves(
+    lines: Mapping[str, tuple[np.ndarray, np.ndarray]],
+    title: str,
+    x: str,
+    y: str,
+    mark: float | None = None,
+) -> Markup:
+    """Draw rising lines of fractions against fractions, named in the order given.
+
+    Args:
+        lines: by name, x and y.
+        title: above it.
+        x: below the axis.
+        y: beside it.
+        mark: an x to draw an upright at, and to say the lines' values of.
+    """
+
+    def draw(axes: Any) -> None:
+        for (name, (across, up)), (role, style) in zip(lines.items(), LINES * 9, strict=False):
+            axes.plot(across, up, style, color=colour(role), linewidth=1.8, label=name)
+        if mark is not None:
+            axes.axvline(mark, color=colour("line"), linewidth=1.2, zorder=0)
+        axes.set_xlim(0, max(across.max() for across, _ in lines.values()))
+        axes.set_ylim(0, 1.01)
+        axes.xaxis.set_major_locator(_few_ticks())
+        axes.xaxis.set_major_formatter("{x:.0%}")
+        axes.yaxis.set_major_formatter("{x:.0%}")
+        axes.set(xlabel=x, ylabel=y)
+        axes.set_title(title)
+        axes.figure.legend(loc="outside lower center", ncols=2)
+
+    at = (
+        ""
+        if mark is None
+        else f" At {mark:.0%}: "
+        + ", ".join(f"{name} {np.interp(mark, *line):.1%}" for name, line in lines.items())
+        + "."
+    )
+    rows = (len(lines) + 1) // 2
+    return figure(draw, f"Curves: {title}, {y} by {x}.{at}", size=(5.2, 3.3 + 0.24 * rows))
+
+
+def reliability(table: pd.DataFrame, title: str) -> Markup:
+    """Draw how often answers of a confidence are right, and how many there are of each.
+
+    Args:
+        table: columns confidence, accuracy and share (of all answers), a row a bin.
+        title: whose answers.
+    """
+
+    def draw(axes: Any) -> None:
+        axes.bar(table["confidence"], table["share"], 0.045, color=colour("pale"), label="share")
+        axes.plot([0, 1], [0, 1], color=colour("line"), linewidth=1.2)
+        axes.plot(
+            table["confidence"], table["accuracy"], "o-", color=colour("main"), label="accuracy"
+        )
+        axes.set(xlim=(0, 1.03), ylim=(0, 1.03), xlabel="confidence")
+        axes.xaxis.set_major_formatter("{x:.0%}")
+        axes.yaxis.set_major_formatter("{x:.0%}")
+        axes.set_title(title)
+        axes.legend(loc="upper left")
+
+    said = "; ".join(
+        f"{row['confidence']:.0%} sure, {row['accuracy']:.0%} right ({row['share']:.0%} of all)"
+        for row in table.to_dict("records")
+    )
+    return figure(draw, f"Reliability of {title}: {said}.", size=(4.0, 3.2))
+
+
+def confusion(counts: np.ndarray, names: Sequence[str], title: str) -> Markup:
+    """Draw a confusion matrix, each row as shares of the true class.
+
+    Args:
+        counts: (C, C), rows are true classes.
+        names: of the classes.
+        title: above it.
+    """
+    from matplotlib.colors import LinearSegmentedColormap
+
+    heat = LinearSegmentedColormap.from_list("heat", [(0.16, 0.6, 0.66, 0), (0.16, 0.6, 0.66, 0.8)])
+    cells = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+
+    def draw(axes: Any) -> None:
+        axes.imshow(cells, cmap=heat, vmin=0, vmax=1)
+        for row, column in np.ndindex(cells.shape):
+            if counts[row, column]:
+                share = f"{100 * cells[row, column]:.0f}"
+                axes.text(column, row, share, ha="center", va="center", fontsize=9)
+        axes.set_xticks(range(len(names)), names, rotation=45, ha="right")
+        axes.set_yticks(range(len(names)), names)
+        axes.set(xlabel="answered", ylabel="true")
+        axes.grid(visible=False)
+        axes.spines[["left", "bottom"]].set_visible(False)
+        axes.tick_params(length=0)
+        axes.set_title(title)
+
+    said = "; ".join(
+        f"{name}: " + ", ".join(f"{cells[row, k]:.0%} {names[k]}" for k in range(len(names)))
+        for row, name in enumerate(names)
+    )
+    return figure(draw, f"Confusion matrix of {title}, by true class. {said}.", size=(4.2, 3.9))
+
+
+def trade_off(points: pd.DataFrame, title: str, x: str, y: str) -> Markup:
+    """Draw a fraction with its interval against a cost, on a logarithmic scale.
+
+    Args:
+        points: columns x (above 0), y, low and high, rows named by its index.
+        title: above it.
+        x: the cost, with its unit.
+        y: the fraction.
+    """
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    names = [str(name) for name in points.index]
+    left, right = points["x"].min() / 2.5, points["x"].max() * 2.5
+
+    def draw(axes: Any) -> None:
+        axes.vlines(points["x"], points["low"], points["high"], color=colour("pale"), linewidth=3)
+        axes.plot(points["x"], points["y"], "o", color=colour("main"), markersize=7)
+        axes.set_xscale("log")
+        axes.set_xlim(left, right)
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=8))
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.xaxis.set_major_formatter("{x:g}")
+        low, high = axes.get_ylim()
+        axes.yaxis.set_major_formatter("{x:.0%}" if high - low > 0.04 else "{x:.1%}")
+        axes.yaxis.set_major_locator(_few_ticks())
+        across = np.log(points["x"] / left) / np.log(right / left)
+        places = (points[["y", "low", "high"]].to_numpy() - low) / (high - low)
+        places = np.column_stack([across, places])
+        for name, place, (dx, dy) in zip(names, places, _label_sides(places, names), strict=True):
+            axes.annotate(
+                name,
+                place[:2],
+                (8 * dx, 10 * dy),
+                xycoords="axes fraction",
+                textcoords="offset points",
+                ha={1: "left", -1: "right", 0: "center"}[dx],
+                va="center",
+                fontsize=9,
+            )
+        axes.set(xlabel=x, ylabel=y)
+        axes.set_title(title)
+
+    said = "; ".join(
+        f"{name} {row['y']:.2%} at {row['x']:.3g}"
+        for name, row in zip(names, points.to_dict("records"), strict=True)
+    )
+    return figure(draw, f"Scatter: {y} against {x}. {said}.", size=(4.4, 3.2))
+
+
+def _label_sides(places: np.ndarray, names: Sequence[str]) -> list[tuple[int, int]]:
+    """Choose on which side of its dot each label stands, so that few lie on anything.
+
+    Args:
+        places: (n, 4), x and y of the dots and the ends of their intervals, in fractions of the
+            chart.
+        names: the labels.
+
+    Returns:
+        A direction (x, y) each: right, left, above or below.
+    """
+    taken = [(x - 0.02, x + 0.02, y - 0.03, y + 0.03) for x, y, *_ in places]
+    taken += [(x - 0.005, x + 0.005, low, high) for x, _, low, high in places]
+    sides = []
+    for (x, y, *_), name in zip(places, names, strict=True):
+        wide, found = 0.022 * len(name), []
+        for dx, dy in ((1, 0), (-1, 0), (0, 1), (0, -1)):
+            middle = x + dx * (0.035 + wide / 2), y + dy * 0.07
+            box = middle[0] - wide / 2, middle[0] + wide / 2, middle[1] - 0.03, middle[1] + 0.03
+            outside = max(0, -box[0], box[1] - 1) + max(0, -box[2], box[3] - 1)
+            found.append((sum(_overlap(box, other) for other in taken) + outside, (dx, dy), box))
+        _, side, box = min(found, key=lambda item: item[0])
+        sides.append(side)
+        taken.append(box)
+    return sides
+
+
+def _overlap(one: tuple[float, ...], other: tuple[float, ...]) -> float:
+    wide = min(one[1], other[1]) - max(one[0], other[0])
+    high = min(one[3], other[3]) - max(one[2], other[2])
+    return min(wide, high) if wide > 0 and high > 0 else 0.0
 
 
 def missing_points(patterns: Mapping[str, int], names: Sequence[str] = ()) -> Markup:

@@ -5,7 +5,10 @@ import pytest
 from sklearn import metrics as reference
 
 from models.metrics import (
+    absolute_errors,
     box_errors,
+    calibration,
+    ced_curve,
     confusion,
     emotion_metrics,
     interocular_errors,
@@ -68,6 +71,76 @@ def test_weights_count_examples_as_often_as_they_are_drawn() -> None:
         alone = emotion_metrics(confusion(truth[drawn], guess[drawn], np.ones(len(drawn)), 7))
         for name, value in alone.items():
             np.testing.assert_allclose(together[name][row], value, rtol=1e-6, err_msg=name)
+
+
+# calibration, against scikit-learn and a loop over bins
+
+
+def draw_probabilities(count: int = 300) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(8)
+    logits = rng.normal(0, 2, (count, 7))
+    truth = np.array([rng.choice(7, p=np.exp(row) / np.exp(row).sum()) for row in logits])
+    sharp = np.exp(1.7 * logits)  # surer than it may be
+    return truth, (sharp / sharp.sum(1, keepdims=True)).astype(np.float32)
+
+
+def loop_ece(truth: np.ndarray, probabilities: np.ndarray, bins: int) -> float:
+    """Equation 3 of Guo et al., bin by bin: (m - 1) / M < confidence <= m / M."""
+    total = 0.0
+    confidence = [float(row.max()) for row in probabilities]
+    right = [int(row.argmax()) == label for row, label in zip(probabilities, truth, strict=True)]
+    for m in range(1, bins + 1):
+        inside = [i for i, c in enumerate(confidence) if (m - 1) / bins < c <= m / bins]
+        if inside:
+            accuracy = sum(right[i] for i in inside) / len(inside)
+            sure = sum(confidence[i] for i in inside) / len(inside)
+            total += len(inside) / len(truth) * abs(accuracy - sure)
+    return total
+
+
+@pytest.mark.parametrize("bins", [1, 10, 15])
+def test_calibration_agrees_with_a_loop_and_with_scikit_learn(bins: int) -> None:
+    truth, probabilities = draw_probabilities()
+    found = calibration(truth, probabilities, np.ones(len(truth)), bins)
+    assert found["ece"] == pytest.approx(loop_ece(truth, probabilities, bins), abs=1e-9)
+    assert found["ece"] > 0.02
+    exact = probabilities.astype(np.float64)
+    assert found["nll"] == pytest.approx(
+        reference.log_loss(truth, exact / exact.sum(1, keepdims=True), labels=ALL), abs=1e-5
+    )
+    expected = ((np.eye(7)[truth] - exact) ** 2).sum(1).mean()
+    assert found["brier"] == pytest.approx(expected)
+    assert found["bin_share"].sum() == pytest.approx(1)
+    right = probabilities.argmax(1) == truth
+    assert found["bin_share"] @ found["bin_accuracy"] == pytest.approx(right.mean())
+    assert found["bin_share"] @ found["bin_confidence"] == pytest.approx(exact.max(1).mean())
+
+
+def test_a_confidence_on_a_bound_belongs_to_the_bin_below() -> None:
+    probabilities = np.array([[0.6, 0.4], [0.8, 0.2], [1.0, 0.0]])
+    found = calibration(np.array([0, 1, 0]), probabilities, np.ones(3), bins=5)
+    assert found["bin_share"] == pytest.approx([0, 0, 1 / 3, 1 / 3, 1 / 3])
+    assert found["bin_accuracy"] == pytest.approx([0, 0, 1, 0, 1])
+    assert found["bin_confidence"] == pytest.approx([0, 0, 0.6, 0.8, 1])
+    assert found["ece"] == pytest.approx((0.4 + 0.8 + 0) / 3)
+
+
+def test_certainty_that_is_wrong_has_a_finite_likelihood() -> None:
+    found = calibration(np.array([1]), np.array([[1.0, 0.0]]), np.ones(1))
+    assert (found["ece"], found["brier"]) == (1, 2)
+    assert found["nll"] == pytest.approx(-math.log(1e-7))
+
+
+def test_resamples_of_calibration() -> None:
+    truth, probabilities = draw_probabilities(60)
+    rng = np.random.default_rng(9)
+    draws = rng.integers(0, 60, (4, 60))
+    weights = np.stack([np.bincount(row, minlength=60) for row in draws])
+    together = calibration(truth, probabilities, weights)
+    for row, drawn in enumerate(draws):
+        alone = calibration(truth[drawn], probabilities[drawn], np.ones(60))
+        for name, value in alone.items():
+            np.testing.assert_allclose(together[name][row], value, atol=1e-12, err_msg=name)
 
 
 # landmarks, against loops and a curve that is integrated
@@ -153,10 +226,47 @@ def test_box_errors_agree_with_a_loop() -> None:
     assert np.isnan(found).sum() == 2
 
 
+def test_absolute_errors_agree_with_a_loop() -> None:
+    rng = np.random.default_rng(10)
+    truth = rng.random((20, 15, 2)).astype(np.float32)
+    guess = truth + rng.normal(0, 0.05, truth.shape).astype(np.float32)
+    visible = rng.random((20, 15)) < 0.5
+    truth[~visible], guess[~visible] = 0, np.inf
+    visible[0], guess[0] = False, 0
+    expected = []
+    for true, guessed, seen in zip(truth, guess, visible, strict=True):
+        gaps = [
+            abs(float(true[i, k]) - float(guessed[i, k]))
+            for i in range(15)
+            for k in (0, 1)
+            if seen[i]
+        ]
+        expected.append(sum(gaps) / len(gaps) if gaps else math.nan)
+    found = absolute_errors(truth, guess, visible)
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    assert np.isnan(found[0]) and np.isfinite(found[1:]).all()
+
+
+def test_the_curve_agrees_with_counting() -> None:
+    rng = np.random.default_rng(11)
+    errors = rng.gamma(3, 0.02, 80)
+    errors[0] = 0.05  # on a threshold: not beyond it
+    thresholds, shares = ced_curve(errors, np.ones(80), limit=0.1, steps=20)
+    assert thresholds == pytest.approx([0.005 * step for step in range(21)])
+    for threshold, share in zip(thresholds, shares, strict=True):
+        assert share == pytest.approx(sum(error <= threshold for error in errors) / 80)
+    draws = rng.integers(0, 80, (3, 80))
+    weights = np.stack([np.bincount(row, minlength=80) for row in draws])
+    _, together = ced_curve(errors, weights, limit=0.1, steps=20)
+    for row, drawn in enumerate(draws):
+        alone = ced_curve(errors[drawn], np.ones(80), limit=0.1, steps=20)[1]
+        np.testing.assert_allclose(together[row], alone)
+
+
 def test_summary_agrees_with_the_integrated_curve() -> None:
     rng = np.random.default_rng(5)
     errors, inner = rng.gamma(3, 0.02, 500), rng.gamma(2, 0.02, 500)
-    found = landmark_metrics(errors, inner, errors / 2, np.ones(500))
+    found = landmark_metrics(errors, inner, errors / 2, errors / 3, np.ones(500))
     levels = np.linspace(0, 0.10, 20001)
     curve = [(errors <= level).mean() for level in levels]
     assert found["auc10"] == pytest.approx(np.trapezoid(curve, levels) / 0.10, abs=1e-4)
@@ -165,15 +275,19 @@ def test_summary_agrees_with_the_integrated_curve() -> None:
     assert found["nme_interocular"] == pytest.approx(sum(errors) / 500)
     assert found["nme_interocular_inner"] == pytest.approx(sum(inner) / 500)
     assert found["nme_box"] == pytest.approx(sum(errors) / 1000)
+    assert found["mae"] == pytest.approx(sum(errors) / 1500)
+    curve = ced_curve(errors, np.ones(500))
+    assert 1 - found["fr10"] == pytest.approx(np.interp(0.1, *curve))
 
 
 def test_extremes_and_the_bound_itself() -> None:
     def metrics(*errors: float) -> dict[str, float]:
         values = np.array(errors)
-        summary = landmark_metrics(values, values, values, np.ones(len(values)))
+        summary = landmark_metrics(*[values] * 4, np.ones(len(values)))
         return {name: float(value) for name, value in summary.items()}
 
-    nothing = dict.fromkeys(("nme_interocular", "nme_interocular_inner", "nme_box", "fr10"), 0)
+    names = ("nme_interocular", "nme_interocular_inner", "nme_box", "mae", "fr10")
+    nothing = dict.fromkeys(names, 0)
     assert metrics(0.0) == nothing | {"auc10": 1}
     assert metrics(5.0)["fr10"] == 1 and metrics(5.0)["auc10"] == 0
     assert metrics(0.10)["fr10"] == 0  # a failure exceeds the bound
@@ -185,10 +299,10 @@ def test_resamples_of_landmarks() -> None:
     errors = rng.gamma(3, 0.02, 50)
     draws = rng.integers(0, 50, (4, 50))
     weights = np.stack([np.bincount(row, minlength=50) for row in draws])
-    together = landmark_metrics(errors, errors * 2, errors / 2, weights)
+    together = landmark_metrics(errors, errors * 2, errors / 2, errors / 3, weights)
     for row, drawn in enumerate(draws):
         chosen = errors[drawn]
-        alone = landmark_metrics(chosen, chosen * 2, chosen / 2, np.ones(50))
+        alone = landmark_metrics(chosen, chosen * 2, chosen / 2, chosen / 3, np.ones(50))
         for name, value in alone.items():
             assert together[name].shape == (4,)
             np.testing.assert_allclose(together[name][row], value, err_msg=name)

@@ -68,8 +68,10 @@ def complaint(score: Score, *arguments: object) -> str:
 # Models whose answers are known
 
 
-def save_onnx(path: Path, nodes: list, constants: dict[str, np.ndarray], out: list[int]) -> Path:
-    image = helper.make_tensor_value_info("image", TensorProto.FLOAT, ["n", 48, 48, 1])
+def save_onnx(
+    path: Path, nodes: list, constants: dict[str, np.ndarray], out: list[int], side: int = 48
+) -> Path:
+    image = helper.make_tensor_value_info("image", TensorProto.FLOAT, ["n", side, side, 1])
     answer = helper.make_tensor_value_info("answer", TensorProto.FLOAT, ["n", *out])
     mean = helper.make_node("ReduceMean", ["image"], ["mean"], axes=[1, 2, 3], keepdims=1)
     tensors = [numpy_helper.from_array(value, name) for name, value in constants.items()]
@@ -98,7 +100,7 @@ def reader(tmp_path) -> Path:
     return save_onnx(tmp_path / "reader.onnx", nodes, constants, [7])
 
 
-def constant(path: Path, answer: np.ndarray) -> Path:
+def constant(path: Path, answer: np.ndarray, side: int = 48) -> Path:
     """Always gives the same answer."""
     nodes = [
         helper.make_node("Mul", ["mean", "zero"], ["nothing"]),
@@ -110,7 +112,7 @@ def constant(path: Path, answer: np.ndarray) -> Path:
         "shape": np.array([-1, *[1] * answer.ndim]),
         "value": answer.astype(np.float32)[None],
     }
-    return save_onnx(path, nodes, constants, list(answer.shape))
+    return save_onnx(path, nodes, constants, list(answer.shape), side)
 
 
 # Archives in the layouts in which the datasets are published
@@ -211,7 +213,7 @@ def expected_emotion(pairs: list[tuple[int, int]]) -> dict:
 
 def expected_landmarks(labelled: list[np.ndarray], answer: np.ndarray) -> dict:
     """Crop around the visible points, then error by error."""
-    whole, inner, boxed = [], [], []
+    whole, inner, boxed, absolute = [], [], [], []
     for points in labelled:
         seen = [i for i in range(68) if np.isfinite(points[i]).all()]
         if not {36, 45} <= set(seen):
@@ -224,6 +226,7 @@ def expected_landmarks(labelled: list[np.ndarray], answer: np.ndarray) -> dict:
         width, height = (high - low) / side
         boxed.append(np.mean(list(error.values())) * eyes / np.sqrt(width * height))
         whole.append(np.mean(list(error.values())))
+        absolute.append(np.mean([np.abs(truth[i] - answer[i]) for i in seen]))
         inner.append(np.mean([error[i] for i in seen if i >= 17]))
     bounds = (np.arange(20_000) + 0.5) / 20_000 * 0.1
     return {
@@ -231,6 +234,7 @@ def expected_landmarks(labelled: list[np.ndarray], answer: np.ndarray) -> dict:
         "nme_interocular": np.mean(whole),
         "nme_interocular_inner": np.mean(inner),
         "nme_box": np.mean(boxed),
+        "mae": np.mean(absolute),
         "fr10": np.mean([error > 0.1 for error in whole]),
         "auc10": np.mean([np.mean([error <= bound for error in whole]) for bound in bounds]),
     }
@@ -273,7 +277,16 @@ def test_emotion_figures_in_every_layout(score, reader, tmp_path, layout):
             assert low < high
         assert found["per_class"].keys() == expected["per_class"].keys()
         for emotion, figures in expected["per_class"].items():
-            assert found["per_class"][emotion] == pytest.approx(figures, abs=1e-12)
+            row = found["per_class"][emotion]
+            assert {name: row[name] for name in figures} == pytest.approx(figures, abs=1e-12)
+            assert row["ci95"] is None or row["n"] >= 10
+        # `reader` is always certain.
+        wrong = 1 - expected["accuracy"]
+        assert found["reliability"] == {"share": [1], "confidence": [1], "accuracy": [1 - wrong]}
+        for name, value in (("ece", wrong), ("brier", 2 * wrong), ("nll", 7 * np.log(10) * wrong)):
+            assert found[name] == pytest.approx(value)
+            low, high = found["ci95"][name]
+            assert low <= found[name] <= high
 
 
 def test_test_is_the_default_side_and_json_the_same_as_printed(score, reader, tmp_path):
@@ -387,7 +400,7 @@ def test_landmark_figures_by_person(score, tmp_path, frames):
         assert found["task"] == "landmarks"
         assert found["n"] + found["without_eyes"] == len(of_side)
         assert found["unusable"] == {}
-        for name in ("nme_interocular", "nme_interocular_inner", "fr10", "auc10"):
+        for name in ("nme_interocular", "nme_interocular_inner", "fr10", "auc10", "mae"):
             low, high = found["ci95"][name]
             assert low <= found[name] <= high
         total += found["n"]
@@ -474,6 +487,10 @@ def test_emotion_figures_by_slice(score, reader, tmp_path):
         assert row["n"] == found["per_class"][emotion]["n"]
         assert row["accuracy"] == pytest.approx(found["per_class"][emotion]["recall"])
         assert (row["ci95"] is None) == (row["n"] < 10)
+        assert (found["per_class"][emotion]["ci95"] is None) == (row["n"] < 10)
+        if row["ci95"]:
+            by_class = found["per_class"][emotion]["ci95"]["recall"]
+            assert row["ci95"]["accuracy"] == pytest.approx(by_class, abs=1e-6)
     low, high = slices["class"]["fear"]["ci95"]["accuracy"]
     assert low < slices["class"]["fear"]["accuracy"] < high
     for column in ("brightness", "face_size", "source"):
@@ -641,6 +658,10 @@ def test_an_answer_that_is_no_number_is_not_left_out(score, tmp_path, frames, va
     ("arguments", "said"),
     [
         (["--model", "m.onnx"], "--dataset"),
+        (["--model", "m.onnx"], "--out"),
+        (["--model", "m.onnx", "--out", "o", "--archive", "x"], "--archive needs --dataset"),
+        (["--model", "m.onnx", "--out", "o", "--side", "train"], "invalid choice: 'train'"),
+        (["--model", "m.onnx", "--dataset", "fer2013", "--test-time", "five"], "'ten_crop'"),
         (["--model", "m.onnx", "--dataset", "fer2013"], "--archive is needed"),
         (["--model", "m.onnx", "--dataset", "synthetic", "--archive", "x"], "leave --archive out"),
         (["--model", "m.onnx", "--dataset", "mnist", "--archive", "x"], "invalid choice: 'mnist'"),
@@ -745,6 +766,13 @@ def test_emotion_plots(score, reader, tmp_path):
         table = sorted((row["actual"], row["predicted"]) for row in csv.DictReader(file))
     assert table == [("angry", "angry"), ("angry", "happy"), ("sad", "sad")]
     assert is_picture(plots / "confusion.png")
+    assert is_picture(plots / "calibration.png")
+    curve = pd.read_csv(plots / "calibration.csv")
+    assert curve.to_dict("list") == {
+        "share": [1],
+        "confidence": [1],
+        "accuracy": [pytest.approx(2 / 3, abs=1e-5)],
+    }
     assert is_picture(plots / "worst.png")
     assert (plots / "notes.txt").read_text() == "mine"
 
@@ -801,11 +829,16 @@ def test_a_job_is_measured_on_validation_only(evaluated):
     images = np.load(root / "data" / "augment" / "emotion" / "val" / "images-00.npy")
     path = root / "runs" / "emotion" / "residual" / "model.keras"
     outputs = keras.saving.load_model(path).predict(images, verbose=0)
-    np.testing.assert_allclose(np.load(report / "residual" / "outputs.npy"), outputs, atol=1e-6)
+    with np.load(report / "residual" / "predictions.npz") as saved:
+        np.testing.assert_allclose(saved["outputs"], outputs, atol=1e-6)
+        assert saved["ids"].tolist() == [face.id for face in wanted]
+        assert saved["models"].tolist() == [hashlib.sha256(path.read_bytes()).hexdigest()]
     right = [face.emotion == row.argmax() for face, row in zip(wanted, outputs, strict=True)]
     assert scores["accuracy"] == pytest.approx(np.mean(right))
     assert is_picture(report / "residual" / "worst.png")
     assert is_picture(report / "residual" / "slices.png")
+    assert is_picture(report / "residual" / "calibration.png")
+    assert (scores["test_time"], "averaged" in scores) == ("none", False)
     slices = scores["slices"]
     assert list(slices) == ["class", "brightness", "yaw", "face_size", "source"]
     assert sum(row["n"] for row in slices["yaw"].values()) == len(wanted)
@@ -820,7 +853,14 @@ def test_a_job_is_measured_on_validation_only(evaluated):
         runs = mlflow.search_runs(experiment_names=["grimace-emotion"], output_format="list")
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
         (run,) = [run for run in runs if run.data.tags["grimace.model_sha256"] == digest]
-        assert run.data.metrics["val.accuracy"] == pytest.approx(scores["accuracy"])
+        logged = run.data.metrics
+        assert logged["val.accuracy"] == pytest.approx(scores["accuracy"])
+        assert logged["val.ece"] == pytest.approx(scores["ece"])
+        for name in ("accuracy", "ece"):
+            bounds = [logged[f"val.{name}.low"], logged[f"val.{name}.high"]]
+            assert bounds == pytest.approx(scores["ci95"][name])
+        assert logged["parameters"] == keras.saving.load_model(path).count_params()
+        assert logged["size_mib"] == pytest.approx(path.stat().st_size / 2**20)
         files = mlflow.MlflowClient().list_artifacts(run.info.run_id, "validation")
     assert "validation/scores.json" in [file.path for file in files]
 
@@ -852,6 +892,154 @@ def test_a_side_is_what_training_heeds_and_all_that_is_held_out(
 def test_an_unknown_job_names_the_known_ones(world):
     with world.inside(), pytest.raises(GrimaceError, match="it has emotion-plain, "):
         evaluate.evaluate_job("emotion-vgg", world.params)
+
+
+# Averaged answers, for measuring alone
+
+
+@pytest.fixture
+def here(world, tmp_path, score) -> Path:
+    """The small world's data and models, in the folder where `score` works."""
+    for part in ("params.yaml", "runs", "data"):
+        source, target = world.root / part, tmp_path / part
+        (shutil.copytree if source.is_dir() else shutil.copy)(source, target)
+    return tmp_path
+
+
+def answers_of(path: Path, images: np.ndarray) -> np.ndarray:
+    import keras
+
+    return keras.saving.load_model(path).predict(images.astype(np.float32), verbose=0)
+
+
+def saved(folder: Path) -> dict[str, np.ndarray]:
+    with np.load(folder / "predictions.npz") as file:
+        return dict(file)
+
+
+def test_an_ensemble_on_the_graphs_own_validation_side(score, here, world):
+    models = [here / f"runs/emotion/{name}/model.keras" for name in ("plain", "residual")]
+    found = score("--model", *models, "--out", here / "both")
+    images = np.load(here / "data/augment/emotion/val/images-00.npy")
+    mean = np.mean([answers_of(path, images) for path in models], 0)
+    predicted = saved(here / "both")
+    np.testing.assert_allclose(predicted["outputs"], mean, atol=1e-6)
+    sides = {face.id: side_of(face.person, world.params.split) for face in world.faces}
+    assert {sides[id] for id in predicted["ids"]} == {"val"}
+    emotions = {face.id: face.emotion for face in world.faces}
+    right = [emotions[id] == row.argmax() for id, row in zip(predicted["ids"], mean, strict=True)]
+    assert found["accuracy"] == pytest.approx(np.mean(right))
+    assert (found["split"], found["test_time"], found["n"]) == ("val", "none", len(images))
+    assert found["model"] == " + ".join(map(str, models))
+    assert found["cost"]["bytes"] == sum(path.stat().st_size for path in models)
+    assert found["slices"]["source"]["synthetic"]["n"] == len(images)
+    assert json.loads((here / "both/scores.json").read_text()) == found
+    assert len(predicted["models"]) == 2
+    assert is_picture(here / "both/confusion.png")
+
+
+def test_the_test_side_is_looked_at_on_request_alone(score, here, world):
+    model = here / "runs/landmarks/residual/model.keras"
+    score("--model", model, "--out", here / "out", "--side", "test")
+    sides = {face.id: side_of(face.person, world.params.split) for face in world.faces}
+    assert {sides[id] for id in saved(here / "out")["ids"]} == {"test"}
+
+
+def test_members_of_an_ensemble_may_take_other_shapes(score, reader, tmp_path):
+    archive = fer_archive("zip", tmp_path, [("test", 3, 3), ("test", 4, 3), ("test", 4, 4)])
+    always = np.eye(7)[3] * 0.9 + 0.1 / 7
+    small = constant(tmp_path / "small.onnx", always, side=20)
+    found = score(
+        *("--model", reader, small, "--dataset", "fer2013", "--archive", archive),
+        *("--out", tmp_path / "out"),
+    )
+    expected = (np.eye(7)[[3, 3, 4]] + always) / 2
+    outputs = saved(tmp_path / "out")["outputs"]
+    np.testing.assert_allclose(np.sort(outputs, 0), np.sort(expected, 0), atol=1e-5)
+    assert found["n"] == 3
+    assert "parameters" not in found["cost"]
+
+
+def test_models_of_two_tasks_are_no_ensemble(score, reader, tmp_path, frames):
+    archive = fer_archive("zip", tmp_path, [("test", 0, 0)])
+    points = constant(tmp_path / "points.onnx", mean_face(frames))
+    command = ("--dataset", "fer2013", "--archive", archive)
+    line = complaint(score, "--model", reader, points, *command)
+    assert "models for emotion and landmarks cannot be averaged" in line
+
+
+@pytest.mark.parametrize("task", ["emotion", "landmarks"])
+def test_averaging_over_the_mirror_image(score, here, task):
+    model = here / f"runs/{task}/residual/model.keras"
+    found = score("--model", model, "--out", here / "out", "--test-time", "flip")
+    images = np.load(here / f"data/augment/{task}/val/images-00.npy")
+    plain, flipped = answers_of(model, images), answers_of(model, images[:, :, ::-1])
+    if task == "landmarks":
+        flipped[..., 0] = 1 - flipped[..., 0]
+        for left, right in ((36, 45), (39, 42), (48, 54), (31, 35), (0, 16), (17, 26)):
+            flipped[:, [left, right]] = flipped[:, [right, left]]
+        chosen = [36, 45, 39, 42, 48, 54, 31, 35, 0, 16, 17, 26, 8, 27, 33, 51, 57]
+        plain, flipped = plain[:, chosen], flipped[:, chosen]
+    outputs = saved(here / "out")["outputs"]
+    outputs = outputs if task == "emotion" else outputs[:, chosen]
+    np.testing.assert_allclose(outputs, (plain + flipped) / 2, atol=1e-5)
+    assert np.abs(plain - flipped).max() > 0.01
+    assert found["test_time"] == "flip"
+
+
+def test_ten_crops_of_an_archive(score, tmp_path):
+    """A model that sees the two columns on the left, of a picture with five bright ones there."""
+    bright = np.where(np.arange(48) < 5, 255, 0) * np.ones((48, 1))
+    archive = zipped(tmp_path / "fer.zip", {"test/happy/PrivateTest_1.jpg": picture(bright, "PNG")})
+    nodes = [
+        helper.make_node("Slice", ["image", "start", "end", "axes"], ["left"]),
+        helper.make_node("ReduceMean", ["left"], ["grey"], axes=[1, 2, 3], keepdims=0),
+        helper.make_node("Unsqueeze", ["grey", "last"], ["column"]),
+        helper.make_node("Mul", ["column", "weights"], ["answer"]),
+    ]
+    constants = {
+        "start": np.array([0]),
+        "end": np.array([2]),
+        "axes": np.array([2]),
+        "last": np.array([1]),
+        "weights": np.eye(7, dtype=np.float32)[[3]] / 255,
+    }
+    model = save_onnx(tmp_path / "left.onnx", nodes, constants, [7])
+    command = ("--model", model, "--dataset", "fer2013", "--archive", archive)
+    # Of the crops of 42 pixels, two start at column 0, one at 3, and two at 6, which is dark.
+    for how, expected in (("none", 1), ("flip", 1 / 2), ("ten_crop", 3 / 5 / 2)):
+        score(*command, "--out", tmp_path / how, "--test-time", how)
+        assert saved(tmp_path / how)["outputs"][0, 3] == pytest.approx(expected, abs=1e-3)
+
+
+def test_a_job_keeps_the_single_crop_first_and_says_what_averaging_gives(score, here, world):
+    for how in ("flip", "ten_crop"):
+        params = yaml.safe_load((here / "params.yaml").read_text())
+        params["evaluate"]["test_time"] = how
+        (here / "params.yaml").write_text(yaml.safe_dump(params))
+        evaluate.evaluate_job("emotion-residual", load_params(here / "params.yaml"), how)
+        report = here / "reports/evaluate/emotion/residual"
+        scores = json.loads((report / "scores.json").read_text())
+        images = np.load(here / "data/augment/emotion/val/images-00.npy")
+        plain = answers_of(here / "runs/emotion/residual/model.keras", images)
+        np.testing.assert_allclose(saved(report)["outputs"], plain, atol=1e-6)
+        assert (scores["test_time"], scores["averaged"]["test_time"]) == ("none", how)
+        assert scores["averaged"]["n"] == scores["n"]
+        assert scores["averaged"]["ece"] != scores["ece"]
+        assert json.loads(report.with_suffix(".json").read_text())["ece"] == scores["ece"]
+        logged = evaluate.charted(scores)
+        assert logged["val.averaged.ece"] == scores["averaged"]["ece"]
+
+
+def test_what_is_no_evaluation_is_not_replaced(score, reader, tmp_path):
+    archive = fer_archive("zip", tmp_path, [("test", 2, 2)])
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/thesis.txt").write_text("mine")
+    command = ("--model", reader, "--dataset", "fer2013", "--archive", archive, "--out")
+    assert "mine would be replaced" in complaint(score, *command, tmp_path / "mine")
+    assert (tmp_path / "mine/thesis.txt").exists()
+    score(*command, tmp_path / "new")
+    score(*command, tmp_path / "new")
 
 
 # Kaggle's fifteen points as means of iBUG's, in Kaggle's own column order (left is the person's).
