@@ -285,7 +285,7 @@ def conclude(plan: Plan, study: optuna.Study, trials: int, why: End) -> State[An
     summary = f"{len(rows)} of {trials} trials: {told.replace('running', 'interrupted')}"
     if best_trial(study):
         summary += f"\n{write_best(plan, study)}"
-        draw(study, plan.folder)
+        draw(plan, study)
     try_to_record(plan, study, finished=True)
     if why == "hopeless":
         last = next(row["reason"] for row in reversed(rows) if row["reason"])

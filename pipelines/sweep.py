@@ -16,6 +16,7 @@ import time
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -206,7 +207,7 @@ def next_trial(plan: Plan, study: optuna.Study) -> int:
     have; a sampler seeded once would start its draws over.
     """
     if not study.trials and (own := own_values(plan)) is not None:
-        study.enqueue_trial(own)
+        study.enqueue_trial(own, user_attrs={"own": True})
     asked = len(asked_trials(study))
     study.sampler = TPESampler(
         n_startup_trials=plan.params.sweep.startup,
@@ -310,10 +311,10 @@ def write_best(plan: Plan, study: optuna.Study) -> str:
     assert best is not None
     values = suggest(best, plan.ranges)
     rows = table(plan, study)
-    first = rows[0]
     said = f"{plan.metric} {best.value:.4f} in trial {best.number} of {len(rows)}"
-    if own_values(plan) is not None and first["state"] == "complete":
-        said += f"; {first[plan.metric]:.4f} in trial 0"
+    first = study.trials[0]
+    if first.user_attrs.get("own") and first.state == TrialState.COMPLETE and best.number:
+        said += f", {first.value:.4f} with the values that the job had before"
     commands = take_over(plan.job, values)
     header = f"Study {plan.study}, {plan.epochs} epochs a trial: {said}.\n{commands}"
     text = "".join(f"# {line}\n" for line in header.splitlines())
@@ -379,18 +380,21 @@ def apply(overlay: Path, target: Path = Path("params.yaml")) -> dict[str, Any]:
             if isinstance(value, list):  # on one line
                 text["train"]["jobs"][job][field] = listed = CommentedSeq(value)
                 listed.fa.set_flow_style()
-    partial = target.with_name(f".{target.name}.partial")
+    draft = target.with_name(f".{target.name}.partial")
     try:
-        with partial.open("w") as file:
+        with draft.open("w") as file:
             editor.dump(text, file)
-        load_params(partial)
-        partial.replace(target)
+        load_params(draft)
+        draft.replace(target)
+    except GrimaceError as error:
+        said = str(error).replace(f"{draft}: ", "")
+        raise GrimaceError(f"{target} would not be valid with {overlay}: {said}") from None
     finally:
-        partial.unlink(missing_ok=True)
+        draft.unlink(missing_ok=True)
     return changed
 
 
-def draw(study: optuna.Study, folder: Path) -> None:
+def draw(plan: Plan, study: optuna.Study) -> None:
     """Plot how the search went, by Optuna's own plots, as PNG."""
     import matplotlib
 
@@ -398,21 +402,22 @@ def draw(study: optuna.Study, folder: Path) -> None:
     import matplotlib.pyplot as plt
     from optuna.visualization import matplotlib as plots
 
+    named = {"target_name": plan.metric}
     kinds = {
-        "history": plots.plot_optimization_history,
-        "parallel": plots.plot_parallel_coordinate,
+        "history": partial(plots.plot_optimization_history, **named),
+        "parallel": partial(plots.plot_parallel_coordinate, **named),
         "epochs": plots.plot_intermediate_values,
-        "importance": plots.plot_param_importances,
+        "importance": partial(plots.plot_param_importances, **named),
     }
-    done = [trial.value for trial in study.trials if trial.state == TrialState.COMPLETE]
-    if len(set(done)) < 2:  # nothing varied that could have been important
+    reached = [trial.value for trial in study.trials if trial.state == TrialState.COMPLETE]
+    if len(set(reached)) < 2:  # nothing varied that could have been important
         del kinds["importance"]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # matplotlib plots are "experimental"
         for name, plot in kinds.items():
             plot(study)
             plt.gcf().set_size_inches(9, 5)
-            plt.savefig(folder / f"{name}.png", bbox_inches="tight")
+            plt.savefig(plan.folder / f"{name}.png", bbox_inches="tight")
             plt.close("all")
 
 
@@ -436,20 +441,24 @@ def record(plan: Plan, study: optuna.Study, finished: bool = False) -> None:
     """
     client = tracking.connect(plan.params.tracking, plan.task)
     experiment = client.get_experiment_by_name(f"grimace-{plan.task}").experiment_id
-    query = f"tags.`grimace.study` = '{plan.study}'"
-    found = client.search_runs([experiment], query, max_results=50_000)
-    runs = {run.data.tags.get("grimace.trial"): run for run in found}
     tags = {
         "grimace.study": plan.study,
         "grimace.job": plan.job,
         "grimace.task": plan.task,
         "grimace.dataset": plan.dataset,
     }
-    parent = runs.get(None) or client.create_run(
-        experiment,
-        run_name=f"sweep of {plan.job} on {plan.dataset}",
-        tags={**tags, **tracking.provenance(plan.shards)},
-    )
+    known = study.user_attrs.get("mlflow_run")
+    (parent,) = client.search_runs([experiment], f"attributes.run_id = '{known}'") or [None]
+    if parent is None:  # the first time, or it was deleted, or the store is another
+        parent = client.create_run(
+            experiment,
+            run_name=f"sweep of {plan.job} on {plan.dataset}",
+            tags={**tags, **tracking.provenance(plan.shards)},
+        )
+        study.set_user_attr("mlflow_run", parent.info.run_id)
+    query = f"tags.`mlflow.parentRunId` = '{parent.info.run_id}'"
+    children = client.search_runs([experiment], query, max_results=50_000)
+    runs = {run.data.tags["grimace.trial"]: run for run in children}
     if parent.info.status != "RUNNING":
         client.update_run(parent.info.run_id, status="RUNNING")
     for trial in asked_trials(study):
