@@ -1,6 +1,7 @@
 """A file server on loopback, and a place where nothing of the user's is found."""
 
 import json
+import shutil
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -121,8 +122,18 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.fixture(scope="session")
+def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tracking store without runs; making one takes MLflow seconds."""
+    import mlflow
+
+    path = tmp_path_factory.mktemp("store") / "mlflow.db"
+    mlflow.MlflowClient(f"sqlite:///{path}").search_experiments()
+    return path
+
+
 @pytest.fixture
-def searchable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def searchable(tmp_path: Path, empty_store: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder to work in with shards of 40 + 16 pictures, easily told apart, and ranges.
 
     The job trains 8 epochs at a learning rate that is far too low, a trial 4.
@@ -130,7 +141,8 @@ def searchable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     values = yaml.safe_load((ROOT / "params.yaml").read_text())
-    values["tracking"]["uri"] = "sqlite:///mlflow.db"
+    shutil.copy(empty_store, "mlflow.db")
+    values["tracking"]["uri"] = f"sqlite:///{tmp_path}/mlflow.db"  # MLflow remembers stores
     job = {"widths": [4], "batch": 8, "learning_rate": 1e-5, "precision": "float32"}
     values["train"]["jobs"]["emotion-plain"] |= {**job, "epochs": {"default": 8}}
     values["sweep"] |= {"seed": 1, "epochs": 0.5, "startup": 2, "warm_up": 0.25}

@@ -120,59 +120,57 @@ def test_killed_it_goes_on_and_a_trial_that_dies_is_one_failed_trial(prefect_ser
     values["train"]["jobs"]["emotion-plain"]["epochs"] = {"default": 80}
     values["sweep"]["startup"] = 9  # none is pruned
     Path("params.yaml").write_text(yaml.safe_dump(values))
-    arguments = ("--trials", "3", "--parallel", "2")
+    arguments = ("--trials", "2", "--parallel", "2")
 
     flow = start(prefect_server, *arguments)
     try:
         wait_until(lambda: process_of(flow, 1)).kill()  # as the system does for want of memory
-        wait_until(lambda: "FAIL" in states() and len(states()) == 3)
+        wait_until(lambda: "FAIL" in states())
         wait_until(lambda: len(study_of().trials[0].intermediate_values) >= 2)
         everything = psutil.Process(flow.pid).children(recursive=True)
     finally:
         flow.kill()
         flow.communicate()
     wait_until(lambda: not any(map(is_alive, everything)), 8)
-    trial, failed, _ = study_of().trials
+    trial, failed = study_of().trials
     assert trial.state == TrialState.RUNNING and len(trial.intermediate_values) < 40
     assert failed.user_attrs["reason"] == "killed by SIGKILL, most likely for want of memory"
 
     flow = start(prefect_server, *arguments)
     output, _ = flow.communicate(timeout=300)
     assert flow.returncode == 0, output
-    assert "3 of 3 trials: 2 complete, 1 failed" in output
+    assert "2 of 2 trials: 1 complete, 1 failed" in output
     assert "trial 0 | resumed after epoch" in output
-    trials = study_of().trials
-    assert [trial.state.name for trial in trials] == ["COMPLETE", "FAIL", "COMPLETE"]
-    assert trials[0].params == trial.params
-    for number in (0, 2):
-        assert list(trials[number].intermediate_values) == list(range(1, 41))
-        assert len(trials[number].user_attrs["history"]) == 40
+    assert states() == ["COMPLETE", "FAIL"]
+    resumed = study_of().trials[0]
+    assert resumed.params == trial.params
+    assert list(resumed.intermediate_values) == list(range(1, 41))
+    assert len(resumed.user_attrs["history"]) == 40
     # Of the trials nothing is left but what is in the study.
     assert [path.name for path in Path("sweeps/emotion-plain").glob("*/*")] == ["plan.json"]
     best = yaml.safe_load(Path("sweeps/emotion-plain/best.yaml").read_text())
     assert set(best["train"]["jobs"]["emotion-plain"]) == {"learning_rate", "widths", "batch"}
     assert Path("sweeps/emotion-plain/history.png").exists()
 
-    client = mlflow.MlflowClient("sqlite:///mlflow.db")
+    client = mlflow.MlflowClient(load_params().tracking.uri)
     experiment = client.get_experiment_by_name("grimace-emotion").experiment_id
     runs = {run.info.run_name: run for run in client.search_runs([experiment])}
     assert {name: run.info.status for name, run in runs.items()} == {
         "sweep of emotion-plain on synthetic": "FINISHED",
         "emotion-plain trial 0": "FINISHED",
         "emotion-plain trial 1": "FAILED",
-        "emotion-plain trial 2": "FINISHED",
     }
     logged = client.get_metric_history(runs["emotion-plain trial 0"].info.run_id, "val_accuracy")
     assert [metric.step for metric in logged] == list(range(40))
 
     # Enough trials are there: nothing is trained, and it says the same.
-    state = sweep("emotion-plain", trials=3, return_state=True)
+    state = sweep("emotion-plain", trials=2, return_state=True)
     assert state.is_completed() and (state.message or "").splitlines()[-3:] == [
         line for line in output.splitlines() if line.startswith(("best: ", "into ", "as an "))
     ]
-    assert len(study_of().trials) == 3
+    assert len(study_of().trials) == 2
     table = artifact(last_flow_run())
-    assert table.count("complete") == 2 and "most likely for want of memory" in table
+    assert table.count("complete") == 1 and "most likely for want of memory" in table
 
 
 # without
@@ -225,22 +223,26 @@ def lasts(plan: Plan, number: int, lifeline: Lifeline) -> Outcome:
 def trainer(monkeypatch: pytest.MonkeyPatch) -> Trainer:
     trainer = Trainer(trains)
     monkeypatch.setattr(module, "supervise", trainer)
+    monkeypatch.setattr(module, "draw", lambda *_: None)
     return trainer
 
 
 def test_side_by_side_and_more_trials_later(
     trainer: Trainer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "POLL_SECONDS", 0.1)
+    monkeypatch.setattr(module, "POLL_SECONDS", 0.2)
+    trainer.ends = lambda plan, number, lifeline: (
+        fails(plan, number, lifeline) if number == 1 else trains(plan, number, lifeline)
+    )
     state = sweep("emotion-plain", trials=4, parallel=2, return_state=True)
     assert state.is_completed(), state.message
     assert trainer.most == 2
     cores = str(max(1, len(os.sched_getaffinity(0)) // 2))
     assert {env["TF_NUM_INTRAOP_THREADS"] for env in trainer.environments} == {cores}
-    names = [f"trial {number}" for number in range(4)]
-    assert task_states(last_flow_run()) == dict.fromkeys(names, "Complete")
+    complete = dict.fromkeys([f"trial {number}" for number in range(4)], "Complete")
+    assert task_states(last_flow_run()) == complete | {"trial 1": "Failed"}
     state = sweep("emotion-plain", trials=5, return_state=True)
-    assert (state.message or "").startswith("5 of 5 trials: 5 complete\nbest: val_accuracy 0.4000")
+    assert (state.message or "").startswith("5 of 5 trials: 4 complete, 1 failed\nbest: ")
     assert list(task_states(last_flow_run())) == ["trial 4"]
 
 
@@ -256,14 +258,6 @@ def test_where_every_trial_fails_it_gives_up_and_says_why(trainer: Trainer) -> N
     trainer.ends = trains
     state = sweep("emotion-plain", trials=5, return_state=True)
     assert (state.message or "").startswith("5 of 5 trials: 2 complete, 3 failed\n")
-
-
-def test_one_failure_among_others_is_no_reason_to_stop(trainer: Trainer) -> None:
-    trainer.ends = lambda plan, number, lifeline: (
-        trains(plan, number, lifeline) if number == 3 else fails(plan, number, lifeline)
-    )
-    state = sweep("emotion-plain", trials=4, parallel=4, return_state=True)
-    assert (state.message or "").startswith("4 of 4 trials: 1 complete, 3 failed\n")
 
 
 def test_out_of_time_it_stops_and_goes_on_later(trainer: Trainer) -> None:
@@ -296,7 +290,7 @@ def test_the_search_goes_on_without_mlflow_and_catches_up(
     assert sweep("emotion-plain", trials=1, return_state=True).is_completed()
     monkeypatch.setattr(module, "record", record)
     assert sweep("emotion-plain", trials=1, return_state=True).is_completed()
-    client = mlflow.MlflowClient("sqlite:///mlflow.db")
+    client = mlflow.MlflowClient(load_params().tracking.uri)
     experiment = client.get_experiment_by_name("grimace-emotion").experiment_id
     assert [run.info.status for run in client.search_runs([experiment])] == ["FINISHED"] * 2
 
@@ -314,7 +308,7 @@ def test_mistakes_are_told_before_any_work(monkeypatch: pytest.MonkeyPatch) -> N
     with alone_in(Path("sweeps/emotion-plain")):
         state = sweep("emotion-plain", return_state=True)
     assert state.is_failed() and "another search" in (state.message or "")
-    assert not Path("mlflow.db").exists()
+    assert not Path("sweeps/emotion-plain/study.db").exists()
 
 
 def test_apply(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -262,7 +262,7 @@ def test_the_overlay_says_what_it_stands_for() -> None:
 @pytest.fixture
 def runs() -> Callable[[], dict[str, mlflow.entities.Run]]:
     def runs() -> dict[str, mlflow.entities.Run]:
-        client = mlflow.MlflowClient("sqlite:///mlflow.db")
+        client = mlflow.MlflowClient(load_params().tracking.uri)
         experiment = client.get_experiment_by_name("grimace-emotion")
         found = client.search_runs([experiment.experiment_id])
         assert len({run.info.run_name for run in found}) == len(found)
@@ -302,7 +302,7 @@ def test_mlflow_has_a_run_for_the_study_and_one_within_for_each_trial(
         assert run.data.params["learning_rate"] == str(values["learning_rate"])
         assert run.data.params["widths"] == str(values["widths"])
         assert run.data.params["epochs"] == "4" and run.data.params["dropout"] == "0.3"
-    client = mlflow.MlflowClient("sqlite:///mlflow.db")
+    client = mlflow.MlflowClient(load_params().tracking.uri)
 
     def figures(run: mlflow.entities.Run) -> list[tuple[int, float]]:
         logged = client.get_metric_history(run.info.run_id, "val_accuracy")
