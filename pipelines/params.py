@@ -8,9 +8,10 @@ changed value re-runs only the stages that use it.
 import argparse
 import difflib
 import json
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 import yaml
 from pydantic import (
@@ -66,7 +67,7 @@ def load_params(path: Path = Path("params.yaml")) -> "Params":
             impossible value; one line for each, naming the key.
     """
     try:
-        raw = yaml.safe_load(path.read_text())
+        raw = yaml.load(path.read_text(), _Loader)
     except FileNotFoundError:
         raise GrimaceError(
             f"{path} is missing: run from the root of the Grimace repository"
@@ -80,6 +81,15 @@ def load_params(path: Path = Path("params.yaml")) -> "Params":
     except ValidationError as error:
         lines = [_explain(item, raw) for item in error.errors()]
         raise GrimaceError("\n       ".join(f"{path}: {line}" for line in lines)) from None
+
+
+class _Loader(yaml.SafeLoader):
+    """Takes 1e-05 for a number, as YAML 1.2 does and `dvc exp run -S` writes it."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
 
 
 class _Section(BaseModel):
@@ -519,6 +529,56 @@ class Train(_Section):
         return self
 
 
+class Range(_Section):
+    """What a search may try of one field of a job: numbers from `low` to `high`, or `choices`.
+
+    Attributes:
+        low, high: the least and the largest.
+        log: draw the order of magnitude evenly, not the number.
+        step: try only low, low + step, and so on.
+        choices: values of the field, at least two.
+    """
+
+    low: float | None = None
+    high: float | None = None
+    log: bool = False
+    step: Positive | None = None
+    choices: Annotated[tuple[Any, ...], Field(min_length=2)] | None = None
+
+    @model_validator(mode="after")
+    def _numbers_or_choices(self) -> Self:
+        if self.choices is not None:
+            if self.log or (self.low, self.high, self.step) != (None, None, None):
+                raise ValueError("choices stand alone, without low, high, log and step")
+            return self
+        if self.low is None or self.high is None:
+            raise ValueError("needs low and high, or choices")
+        if self.low >= self.high:
+            raise ValueError(f"low {self.low:g} is not below high {self.high:g}")
+        if self.log and (self.low <= 0 or self.step is not None):
+            raise ValueError("log needs low above 0, and no step")
+        return self
+
+
+class Sweep(_Section):
+    """Hyperparameter search, by `flows.sweep`.
+
+    Attributes:
+        seed: of what is tried.
+        epochs: of a trial, as a share of the job's own.
+        startup: trials drawn at random before the search learns from those done, and that have
+            to be complete before any is pruned.
+        warm_up: share of its epochs after which a trial may be pruned.
+        jobs: by job, the fields that are searched.
+    """
+
+    seed: Annotated[int, Field(ge=0)]
+    epochs: Annotated[float, Field(gt=0.0, le=1.0)]
+    startup: PositiveInt
+    warm_up: Fraction
+    jobs: dict[str, dict[str, Range]]
+
+
 class Evaluate(_Section):
     """How models are measured.
 
@@ -592,6 +652,7 @@ class Params(_Section):
     split: Split
     augment: Augment
     train: Train
+    sweep: Sweep
     evaluate: Evaluate
     select: Select
     export: Export
@@ -606,6 +667,68 @@ class Params(_Section):
             if not any(job.task == task for job in self.train.jobs.values()):
                 raise ValueError(f"train.jobs has no model for task {task}")
         return self
+
+    @model_validator(mode="after")
+    def _sweeps_try_what_jobs_can_be(self) -> Self:
+        for name, ranges in self.sweep.jobs.items():
+            if name not in self.train.jobs:
+                near = meant(name, self.train.jobs)
+                raise ValueError(f"sweep.jobs.{name}: train.jobs has no such job{near}")
+            for field, tried in ranges.items():
+                if wrong := _untriable(self.train.jobs[name], field, tried):
+                    raise ValueError(f"sweep.jobs.{name}.{field}: {wrong}")
+        return self
+
+
+def varied(job: TrainJob, values: Mapping[str, Any]) -> TrainJob:
+    """Return a job with other values for some fields, held to what holds for params.yaml.
+
+    Raises:
+        ValueError: the job cannot have such a value.
+    """
+    raw = {**job.model_dump(mode="json"), **values}
+    try:
+        return TrainJob.model_validate_json(json.dumps(raw), strict=True)
+    except ValidationError as error:
+        raise ValueError("; ".join(_explain(item, raw) for item in error.errors())) from None
+
+
+def number_type(field: str) -> type[float] | type[int] | None:
+    """Return which numbers a field of a job takes: float, int, or None for neither."""
+    types = _numbers_in(TrainJob.model_fields[field].annotation)
+    return float if float in types else int if int in types else None
+
+
+def _numbers_in(annotation: Any) -> set[Any]:
+    """The number types that an annotation admits itself, not as items: {float} for float | None."""
+    if annotation in (float, int):
+        return {annotation}
+    if getattr(annotation, "__origin__", None) in (tuple, list, dict):
+        return set()
+    return set[Any]().union(*map(_numbers_in, get_args(annotation)))
+
+
+def _untriable(job: TrainJob, field: str, tried: Range) -> str:
+    """Say why a field cannot be searched in a range, "" where it can."""
+    if field not in TrainJob.model_fields:
+        return f"a job has no such field{meant(field, TrainJob.model_fields)}"
+    if field in ("task", "model", "epochs", "seed"):
+        return "this field is not searched"
+    values: Iterable[Any] = tried.choices or ()
+    if tried.choices is None:
+        kind = number_type(field)
+        given = [n for n in (tried.low, tried.high, tried.step) if n is not None]
+        if kind is None:
+            return "this field takes no numbers; give choices"
+        if kind is int and not all(number.is_integer() for number in given):
+            return "this field takes whole numbers"
+        values = map(kind, given[:2])
+    for value in values:
+        try:
+            varied(job, {field: value})
+        except ValueError as error:
+            return f"the job cannot be trained so: {error}"
+    return ""
 
 
 def _unfit(dataset: str, task: TaskName) -> str:

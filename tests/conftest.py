@@ -1,11 +1,17 @@
 """A file server on loopback, and a place where nothing of the user's is found."""
 
+import json
+import shutil
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import numpy as np
 import pytest
+import yaml
+
+ROOT = Path(__file__).parents[1]
 
 
 class Server(ThreadingHTTPServer):
@@ -113,4 +119,50 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("GRIMACE_ARCHIVES", raising=False)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    return tmp_path
+
+
+@pytest.fixture(scope="session")
+def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tracking store without runs; making one takes MLflow seconds."""
+    import mlflow
+
+    path = tmp_path_factory.mktemp("store") / "mlflow.db"
+    mlflow.MlflowClient(f"sqlite:///{path}").search_experiments()
+    return path
+
+
+@pytest.fixture
+def searchable(tmp_path: Path, empty_store: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder to work in with shards of 40 + 16 pictures, easily told apart, and ranges.
+
+    The job trains 8 epochs at a learning rate that is far too low, a trial 4.
+    """
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    values = yaml.safe_load((ROOT / "params.yaml").read_text())
+    shutil.copy(empty_store, "mlflow.db")
+    values["tracking"]["uri"] = f"sqlite:///{tmp_path}/mlflow.db"  # MLflow remembers stores
+    job = {"widths": [4], "batch": 8, "learning_rate": 1e-5, "precision": "float32"}
+    values["train"]["jobs"]["emotion-plain"] |= {**job, "epochs": {"default": 8}}
+    values["sweep"] |= {"seed": 1, "epochs": 0.5, "startup": 2, "warm_up": 0.25}
+    values["sweep"]["jobs"] = {
+        "emotion-plain": {
+            "learning_rate": {"low": 1e-6, "high": 0.3, "log": True},
+            "widths": {"choices": [[4], [8]]},
+            "batch": {"low": 8, "high": 16, "step": 4},
+        }
+    }
+    Path("params.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
+    shards, rng = Path("data/augment/emotion"), np.random.default_rng(1)
+    for side, number in (("train", 40), ("val", 16)):
+        (shards / side).mkdir(parents=True)
+        emotions = np.where(np.arange(number) % 2, 3, 5)
+        noise = rng.integers(0, 100, (number, 16, 16, 1))
+        images = noise + 100 * (emotions == 3)[:, None, None, None]
+        np.save(shards / side / "ids.npy", np.arange(number).astype(str))
+        np.save(shards / side / "emotions.npy", emotions)
+        np.save(shards / side / "images-00.npy", images.astype(np.uint8))
+    meta = {"task": "emotion", "dataset": "synthetic", "size": 16, "channels": 1, "views": 1}
+    (shards / "meta.json").write_text(json.dumps(meta | {"counts": {"train": 40, "val": 16}}))
     return tmp_path

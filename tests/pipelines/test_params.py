@@ -103,7 +103,7 @@ def test_unknown_key_like_no_other(load: Load) -> None:
         ("filter", "all"),
         ("tasks.emotion.dataset", 3),
         ("train.jobs.emotion-plain.widths", 16),
-        ("train.jobs.emotion-plain.learning_rate", "1e-3"),  # how YAML 1.1 reads 1e-3
+        ("train.jobs.emotion-plain.learning_rate", "quick"),
         ("augment.emotion.policies.V4.1", "Rotate"),
         # impossible values
         ("split.val", 0),
@@ -263,6 +263,77 @@ def test_a_task_without_a_model_is_refused(load: Load) -> None:
         name: job for name, job in raw["train"]["jobs"].items() if job["task"] == "emotion"
     }
     assert complaint(load, raw) == "train.jobs has no model for task landmarks"
+
+
+@pytest.mark.parametrize("text", ["1e-05", "1E-5", "+1e-5", "1.0e-05", "0.00001"])
+def test_small_numbers_however_they_are_written(load: Load, text: str) -> None:
+    raw = yaml.safe_dump(changed("train.jobs.emotion-plain.learning_rate", "HERE"))
+    params = load(raw.replace("HERE", text))
+    assert params.train.jobs["emotion-plain"].learning_rate == 1e-5
+
+
+@pytest.mark.parametrize(
+    ("field", "tried", "said"),
+    [
+        ("dropuot", {"low": 0, "high": 0.5}, "a job has no such field (did you mean 'dropout'?)"),
+        ("seed", {"low": 0, "high": 9}, "this field is not searched"),
+        ("loss", {"low": 0, "high": 9}, "this field takes no numbers; give choices"),
+        ("widths", {"low": 4, "high": 9}, "this field takes no numbers; give choices"),
+        ("batch", {"low": 8, "high": 64.5}, "this field takes whole numbers"),
+        ("batch", {"low": 8, "high": 64, "step": 0.5}, "this field takes whole numbers"),
+        (
+            "dropout",
+            {"low": 0, "high": 1},
+            "the job cannot be trained so: dropout: input should be less than 1, not 1.0",
+        ),
+        (
+            "weight_decay",
+            {"low": -1, "high": 1},
+            "the job cannot be trained so: weight_decay: "
+            "input should be greater than or equal to 0, not -1.0",
+        ),
+        (
+            "optimizer",
+            {"choices": ["sgd", "adam"]},
+            "the job cannot be trained so: optimizer: input should be 'sgd' or 'adamw', not 'adam'",
+        ),
+        (
+            "loss",
+            {"choices": ["cross_entropy", "wing"]},
+            "the job cannot be trained so: loss wing does not fit task emotion",
+        ),
+        ("dropout", {"low": 0.5, "high": 0.5}, "low 0.5 is not below high 0.5"),
+        ("dropout", {"low": 0}, "needs low and high, or choices"),
+        ("dropout", {"low": 0, "high": 0.5, "log": True}, "log needs low above 0, and no step"),
+        (
+            "dropout",
+            {"low": 0.1, "high": 0.5, "log": True, "step": 0.1},
+            "log needs low above 0, and no step",
+        ),
+        (
+            "batch",
+            {"low": 8, "choices": [8, 16]},
+            "choices stand alone, without low, high, log and step",
+        ),
+    ],
+)
+def test_bad_ranges(load: Load, field: str, tried: dict[str, Any], said: str) -> None:
+    raw = changed("sweep.jobs.emotion-residual", {field: tried})
+    assert complaint(load, raw) == f"sweep.jobs.emotion-residual.{field}: {said}"
+
+
+def test_ranges_are_for_a_job_that_is_there(load: Load) -> None:
+    raw = changed("sweep.jobs", {"emotion-residul": {"dropout": {"low": 0, "high": 0.5}}})
+    assert complaint(load, raw) == (
+        "sweep.jobs.emotion-residul: train.jobs has no such job (did you mean 'emotion-residual'?)"
+    )
+
+
+def test_a_range_has_known_keys_and_more_than_one_choice(load: Load) -> None:
+    key = "sweep.jobs.emotion-residual.batch"
+    said = complaint(load, changed(key, {"low": 8, "hihg": 16}))
+    assert said == f"{key}.hihg: unknown key (did you mean 'high'?)"
+    assert complaint(load, changed(key, {"choices": [8]})).startswith(f"{key}.choices: ")
 
 
 def test_every_error_has_its_own_line(load: Load) -> None:
