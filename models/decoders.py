@@ -34,7 +34,7 @@ def one_dimensional(x: keras.KerasTensor, points: int, bins: int) -> keras.Keras
         float32 (N, points, 2), (x, y) in crop units, within `REACH` of the crop.
     """
     height, width = x.shape[1:3]
-    x = layers.Conv2D(points, 1)(x)
+    x = layers.Conv2D(points, 1, use_bias=False)(x)
     x = layers.Reshape((height * width, points))(x)
     x = layers.Permute((2, 1))(x)
     x = layers.Dense(2 * bins, dtype="float32", name=LOGITS)(x)
@@ -55,7 +55,8 @@ def two_dimensional(x: keras.KerasTensor, points: int) -> keras.KerasTensor:
         inside the crop's edge, from 1 / 2W to 1 - 1 / 2W: a point outside comes out at the edge.
     """
     height, width = x.shape[1:3]
-    x = layers.Conv2D(points, 1, dtype="float32", name=LOGITS)(x)
+    # Without a bias, which the softmax would cancel.
+    x = layers.Conv2D(points, 1, use_bias=False, dtype="float32", name=LOGITS)(x)
     x = layers.Reshape((height * width, points), dtype="float32")(x)
     x = layers.Permute((2, 1), dtype="float32")(x)
     ys, xs = np.meshgrid(_centres(height), _centres(width), indexing="ij")

@@ -111,7 +111,7 @@ def simcc(
     Input: float32 (N, 96, 96, 1), 0 to 255
     Output: float32 (N, 68, 2), (x, y) in crop units, from -0.25 to 1.25
     Setting: size 96, channels 1, widths (32, 64, 96), points 68
-    Parameters: 495,412
+    Parameters: 495,344
     Multiply-adds: 50,209,920
     Score: docs/results
     """
@@ -137,7 +137,7 @@ def heatmap(
     Input: float32 (N, 96, 96, 1), 0 to 255
     Output: float32 (N, 68, 2), (x, y) in crop units, half a cell (1/48) inside [0, 1]
     Setting: size 96, channels 1, widths (32, 64, 96), points 68
-    Parameters: 533,140
+    Parameters: 533,072
     Multiply-adds: 67,631,616
     Score: docs/results
     """

@@ -63,7 +63,7 @@ def test_heat_maps_against_numpy() -> None:
 def test_a_heat_map_points_at_its_peak() -> None:
     inputs = keras.Input((8, 4, 1))
     model = keras.Model(inputs, decoders.two_dimensional(inputs, points=1))
-    model.get_layer("logits").set_weights([np.full((1, 1, 1, 1), 50), np.zeros(1)])
+    model.get_layer("logits").set_weights([np.full((1, 1, 1, 1), 50)])
     features = np.zeros((1, 8, 4, 1), np.float32)
     features[0, 6, 1] = 1  # row 6 of 8, column 1 of 4
     assert predict(model, features)[0, 0] == pytest.approx([1.5 / 4, 6.5 / 8])

@@ -100,6 +100,7 @@ def test_a_file_of_the_base_is_taken(base: keras.Model, weights: str, tmp_path: 
         assert all(map(np.array_equal, loaded, base.get_weights()))
 
 
+@pytest.mark.filterwarnings("ignore:Skipping nested container")
 def test_a_file_that_is_missing_or_of_another_network_is_refused(tmp_path: Path) -> None:
     with pytest.raises(transfer.WeightsUnavailableError, match="no such file"):
         build(str(tmp_path / "none.weights.h5"))
