@@ -274,7 +274,7 @@ def test_half_a_result_is_not_taken(
 ) -> None:
     came = Path(shutil.copytree(trained.root / "runs/emotion/plain", tmp_path / "came"))
     (came / "model.keras").unlink()
-    with pytest.raises(GrimaceError, match="came lacks model.keras; it must be the folder"):
+    with pytest.raises(GrimaceError, match=r"came lacks model\.keras; it must be the folder"):
         command(trained.root, monkeypatch, "--take", str(came))
 
 
