@@ -164,7 +164,7 @@ def _batches_of(
 def compare_precisions(job: Job, shards: Path) -> str:
     """Time some training steps in both precisions, in turns, and say which is faster here."""
     _check_network(job)
-    meta, job = read_meta(shards), replace(job, teachers=())
+    meta, job = read_meta(shards), replace(job, teachers=(), ema=None)
     batches = _batches_of(job, meta, shards, 0, [])
     batches.order = batches.order[: TIMED_STEPS * job.batch]
     models: dict[str, keras.Model] = {}
