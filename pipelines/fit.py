@@ -40,6 +40,7 @@ from pipelines.schedules import (
 )
 from pipelines.shards import read_meta, read_view
 
+TASKS = {"emotion": emotion, "landmarks": landmarks}
 BEST = "best.weights.h5"  # of the epoch that did best so far, in the checkpoint
 STATISTICS = 50  # batches from which the statistics of averaged weights are taken
 TIMED_STEPS, TIMED_ROUNDS = 10, 3
@@ -94,6 +95,7 @@ def fit(
             shards or names a network or teacher that is not there. The last good checkpoint is
             kept.
     """
+    _check_network(job)
     meta = read_meta(shards)
     steps = math.ceil(meta["counts"]["train"] / job.batch)
     with _explained(job, checkpoint):
@@ -101,10 +103,9 @@ def fit(
         keras.utils.set_random_seed(job.seed)
         keras.mixed_precision.set_global_policy(job.precision)
         validation = Batches(read_view(shards, "val"), job.batch)
-        model, history = _resume(job, meta, steps, checkpoint) or (_begin(job, meta, checkpoint))
+        model, history = _resume(job, meta, steps, checkpoint) or _begin(job, meta, checkpoint)
         for epoch, row in enumerate(history):
             on_epoch(epoch, row)
-
         while not is_over(job, history):
             epoch = len(history)
             if epoch == phase_at(job, epoch).first:
@@ -112,19 +113,11 @@ def fit(
             if job.schedule == "plateau":
                 model.optimizer.learning_rate = plateau_rate(job, history)
             _seed_dropout(model, job.seed, epoch * steps)
-            number = epoch % meta["views"]
-            batches = training_batches(
-                job,
-                read_view(shards, "train", number),
-                epoch,
-                np.load(answers[number], mmap_mode="r") if answers else None,
-            )
-            row, own = _fit_epoch(model, job, epoch, batches)
+            row, own = _fit_epoch(model, job, epoch, _batches_of(job, meta, shards, epoch, answers))
             scores = model.evaluate(validation, verbose=0, return_dict=True)
             row |= {f"val_{name}": float(value) for name, value in scores.items()}
             row["learning_rate"] = float(model.optimizer.learning_rate)
             _refuse_nan(row, epoch, job, checkpoint)
-            row["images_per_second"] = row.pop("images_per_second")  # last
             history.append(row)
             _save_state(model, own, history, checkpoint, job)
             figures = ", ".join(f"{name} {value:.4g}" for name, value in row.items())
@@ -142,33 +135,37 @@ def build(job: Job, meta: dict[str, Any], weights: str | None = None) -> keras.M
         weights: to start from; at random by default.
 
     Raises:
-        GrimaceError: there is no such network, or it cannot be had in this size or with these
-            weights.
+        GrimaceError: it cannot be had in this size or with these weights.
     """
-    task = emotion if job.task == "emotion" else landmarks
-    if job.network not in task.NETWORKS:
-        known = ", ".join(task.NETWORKS)
-        raise GrimaceError(f"{job.name}: no network {job.network!r} for {job.task}; {known}")
+    task = TASKS[job.task]
     points = {} if job.task == "emotion" else {"points": meta["points"]}
+    shape = job.widths, meta["size"], meta["channels"], job.dropout
     try:
-        return task.build(
-            job.network,
-            job.widths,
-            meta["size"],
-            meta["channels"],
-            job.dropout,
-            weights=weights,
-            **points,
-        )
+        return task.build(job.network, *shape, weights=weights, **points)
     except (ValueError, OSError) as error:
         raise GrimaceError(f"{job.name}: network {job.network} cannot be built: {error}") from None
 
 
+def _check_network(job: Job) -> None:
+    networks = TASKS[job.task].NETWORKS
+    if job.network not in networks:
+        known = ", ".join(networks)
+        raise GrimaceError(f"{job.name}: no network {job.network!r} for {job.task}; {known}")
+
+
+def _batches_of(
+    job: Job, meta: dict[str, Any], shards: Path, epoch: int, answers: list[Path]
+) -> Batches:
+    number = epoch % meta["views"]
+    answer = np.load(answers[number], mmap_mode="r") if answers else None
+    return training_batches(job, read_view(shards, "train", number), epoch, answer)
+
+
 def compare_precisions(job: Job, shards: Path) -> str:
     """Time some training steps in both precisions, in turns, and say which is faster here."""
-    meta, view = read_meta(shards), read_view(shards, "train")
-    job = replace(job, teachers=())
-    batches = training_batches(job, view, 0, None)
+    _check_network(job)
+    meta, job = read_meta(shards), replace(job, teachers=(), ema=None)
+    batches = _batches_of(job, meta, shards, 0, [])
     batches.order = batches.order[: TIMED_STEPS * job.batch]
     models: dict[str, keras.Model] = {}
     seconds: dict[str, float] = {}
@@ -236,15 +233,21 @@ def _fit_epoch(
         count.async_safe = True  # it looks at no figures, so nobody need wait for them
         callbacks = [count]
         if job.ema is not None:  # Keras puts the averages in their place when `fit` ends
-            keep = lambda epoch, logs: own.extend(model.get_weights())  # noqa: E731
+            keep = lambda epoch, logs: own.extend(_copied_weights(model))  # noqa: E731
             callbacks.append(keras.callbacks.LambdaCallback(on_epoch_end=keep))
         # Shuffled here, Keras would draw the batches' order again, from a global generator.
         trained = model.fit(batches, shuffle=False, callbacks=callbacks, verbose=0)
     seconds = time.perf_counter() - start
     if job.ema is not None:
+        # Under JAX they are still the optimiser's own arrays, which evaluation would give away.
+        model.set_weights(_copied_weights(model))
         _take_statistics(model, batches)
     row = {name: float(values[-1]) for name, values in trained.history.items()}
     return row | {"images_per_second": round(len(batches.order) / seconds, 1)}, own
+
+
+def _copied_weights(model: keras.Model) -> list[np.ndarray]:
+    return [np.array(weight) for weight in model.get_weights()]
 
 
 def _take_statistics(model: keras.Model, batches: Batches) -> None:

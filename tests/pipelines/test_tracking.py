@@ -1,8 +1,13 @@
 import os
+import signal
+import socket
 import subprocess
+import sys
+import time
 from collections.abc import Iterator
-from contextlib import chdir
+from contextlib import AbstractContextManager, chdir, suppress
 from pathlib import Path
+from urllib.request import urlopen
 
 import mlflow
 import pytest
@@ -41,9 +46,15 @@ def model_file(folder: Path, content: str) -> Path:
     return path
 
 
-def train(store: Tracking, memory: Path, **tags: str) -> str:
-    with tracking.training_run(store, "emotion", "plain on faces", tags, memory) as run:
-        return str(run.info.run_id)
+def train(store: Tracking, folder: Path, **tags: str) -> str:
+    with tracking.training_run(store, "emotion", "plain on faces", tags, folder) as journal:
+        return str(journal.run_id)
+
+
+def logged(run_id: str, name: str) -> list[tuple[int, float]]:
+    """Every figure of that name that the run shows, with its step."""
+    found = mlflow.MlflowClient().get_metric_history(run_id, name)
+    return sorted((metric.step, metric.value) for metric in found)
 
 
 # where runs go
@@ -103,31 +114,161 @@ def test_two_stages_may_make_the_experiment_at_once(
 
 
 def test_a_resumed_training_goes_on_in_its_run(store: Tracking, tmp_path: Path) -> None:
-    memory = tmp_path / "deep" / "mlflow_run"
+    folder = tmp_path / "deep" / "training"
     with (
         pytest.raises(KeyboardInterrupt),
-        tracking.training_run(store, "emotion", "plain on faces", {"a": "1"}, memory) as run,
+        tracking.training_run(store, "emotion", "plain on faces", {"a": "1"}, folder) as journal,
     ):
         raise KeyboardInterrupt
-    client = mlflow.MlflowClient()
-    assert client.get_run(run.info.run_id).info.status == "FAILED"
-    assert train(store, memory, b="2") == run.info.run_id
-    again = client.get_run(run.info.run_id)
+    client, run_id = mlflow.MlflowClient(), str(journal.run_id)
+    assert client.get_run(run_id).info.status == "FAILED"
+    with tracking.training_run(store, "emotion", "plain on faces", {"b": "2"}, folder) as journal:
+        assert journal.run_id == run_id
+        assert client.get_run(run_id).info.status == "RUNNING"
+    again = client.get_run(run_id)
     assert again.info.status == "FINISHED" and again.info.run_name == "plain on faces"
     assert again.data.tags["a"] == "1" and again.data.tags["b"] == "2"
-    assert train(store, tmp_path / "other") != run.info.run_id
+    assert "mlflow.user" in again.data.tags
+    assert train(store, tmp_path / "other") != run_id
 
 
-def test_a_run_that_is_gone_is_replaced(store: Tracking, tmp_path: Path) -> None:
-    memory = tmp_path / "mlflow_run"
-    memory.write_text("0" * 32)
-    first = train(store, memory)
-    assert memory.read_text() == first != "0" * 32
+def test_the_run_is_told_all_kinds_of_things(store: Tracking, tmp_path: Path) -> None:
+    (tmp_path / "result").mkdir()
+    (tmp_path / "result/history.csv").write_text("epoch\n1\n")
+    with tracking.training_run(store, "emotion", "plain on faces", {}, tmp_path) as journal:
+        journal.add(parameters={"batch": "64"})
+        for step, loss in ((0, 0.5), (1, 0.25), (0, 0.5)):  # the first again, as after a resume
+            journal.add(metrics={"loss": loss}, step=step)
+        journal.add(files="result", place="training")
+        assert journal.pending == 0
+    run_id = str(journal.run_id)
+    assert mlflow.MlflowClient().get_run(run_id).data.params == {"batch": "64"}
+    assert logged(run_id, "loss") == [(0, 0.5), (1, 0.25)]
+    (file,) = mlflow.MlflowClient().list_artifacts(run_id, "training")
+    assert file.path == "training/history.csv"
+
+
+def test_told_twice_is_shown_once(store: Tracking, tmp_path: Path) -> None:
+    """Killed between telling and noting that it was told."""
+    with tracking.training_run(store, "emotion", "plain on faces", {}, tmp_path) as journal:
+        journal.add(metrics={"loss": 0.5}, step=0)
+        journal.state["told"] -= 1
+        journal.add(metrics={"loss": 0.25}, step=1)
+    assert logged(str(journal.run_id), "loss") == [(0, 0.5), (1, 0.25)]
+
+
+def test_a_run_that_is_gone_is_replaced_and_told_all(store: Tracking, tmp_path: Path) -> None:
+    with tracking.training_run(store, "emotion", "plain on faces", {"a": "1"}, tmp_path) as journal:
+        journal.add(metrics={"loss": 0.5}, step=0)
+    first = str(journal.run_id)
     mlflow.MlflowClient().delete_run(first)
-    second = train(store, memory)
-    assert second != first and memory.read_text() == second
-    memory.write_text("")  # killed while writing
-    assert train(store, memory) != second
+    with tracking.training_run(store, "emotion", "plain on faces", {"a": "1"}, tmp_path) as journal:
+        journal.add(metrics={"loss": 0.25}, step=1)
+    second = str(journal.run_id)
+    assert second != first
+    assert logged(second, "loss") == [(0, 0.5), (1, 0.25)]
+    assert mlflow.MlflowClient().get_run(second).data.tags["a"] == "1"
+
+
+# a server that comes and goes
+
+
+class Server:
+    """A real MLflow server on loopback, with one worker and a store that outlives it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.process: subprocess.Popen[bytes] | None = None
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        self.uri = f"http://127.0.0.1:{self.port}"
+
+    def start(self) -> None:
+        where = ["--host", "127.0.0.1", "--port", str(self.port), "--workers", "1"]
+        store = ["--backend-store-uri", f"sqlite:///{self.folder}/mlflow.db"]
+        artefacts = ["--artifacts-destination", str(self.folder / "artefacts")]
+        inherited = {name: text for name, text in os.environ.items() if "MLFLOW" not in name}
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "mlflow", "server", *where, *store, *artefacts],
+            env=inherited | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        while True:
+            with suppress(OSError), urlopen(f"{self.uri}/health", timeout=5):
+                return
+            assert self.process.poll() is None, "the server ended"
+            time.sleep(0.1)
+
+    def signal(self, number: int) -> None:
+        assert self.process is not None
+        os.killpg(self.process.pid, number)
+
+    def kill(self) -> None:
+        """End it and its worker as a crash would."""
+        if self.process:
+            self.signal(signal.SIGKILL)
+            self.process.wait()
+            self.process = None
+
+
+@pytest.fixture
+def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "3")
+    server = Server(tmp_path)
+    try:
+        yield server
+    finally:
+        server.kill()
+
+
+def test_training_outlives_its_tracking_server(
+    server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, settings = tmp_path / "training", Tracking(uri=server.uri)
+    (folder / "result").mkdir(parents=True)
+    (folder / "result/history.csv").write_text("epoch\n1\n")
+
+    def run() -> AbstractContextManager[tracking.Journal]:
+        return tracking.training_run(settings, "emotion", "plain on faces", {"a": "1"}, folder)
+
+    with pytest.raises(GrimaceError, match="MLflow at"), run():
+        pass  # it has not begun: an address that nobody answers at is an error
+    server.start()
+    with pytest.raises(KeyboardInterrupt), run() as journal:
+        journal.add(metrics={"loss": 0.5}, step=0)
+        assert journal.pending == 0
+        server.signal(signal.SIGSTOP)
+        journal.add(metrics={"loss": 0.4}, step=1)
+        assert journal.pending == 1
+        server.signal(signal.SIGCONT)  # and it reads what it was told before
+        journal.add(metrics={"loss": 0.3}, step=2)
+        assert journal.pending == 0
+        server.kill()
+        for step in (3, 4):
+            journal.add(metrics={"loss": 0.6 / step}, step=step)
+        assert journal.pending == 2
+        raise KeyboardInterrupt
+    said = capsys.readouterr().err
+    assert said.count("tracking: not delivered, tried again later") == 2
+    assert said.count("tracking: all is delivered now") == 1
+
+    with run() as journal:  # in another process, as it were; still nobody answers
+        assert journal.pending == 2
+        journal.add(files="result", place="training")
+    assert journal.pending == 4  # with the status
+    server.start()
+    assert tracking.Journal(settings, folder).deliver()
+    run_id = str(journal.run_id)
+    assert logged(run_id, "loss") == [(0, 0.5), (1, 0.4), (2, 0.3), (3, 0.2), (4, 0.15)]
+    found = mlflow.MlflowClient().get_run(run_id)
+    assert found.info.status == "FINISHED" and found.data.tags["a"] == "1"
+    (file,) = mlflow.MlflowClient().list_artifacts(run_id, "training")
+    assert file.path == "training/history.csv"
 
 
 # the run of a model
