@@ -38,6 +38,7 @@ from pipelines.sweep import (
     make_plan,
     next_trial,
     open_study,
+    own_values,
     record,
     table,
     threads,
@@ -145,6 +146,8 @@ def sweep(
         study = open_study(plan)
         plan.file.write_text(plan.model_dump_json())
         record(plan, study)  # a store that does not answer is told before any work
+        if own_values(plan) is None:
+            get_run_logger().warning("the job as it is lies outside the ranges, so it is not tried")
         started = time.monotonic()
         with Lifeline() as lifeline:
             timer = threading.Timer(timeout or 0, lifeline.cut)

@@ -37,9 +37,11 @@ def train_trial(plan: Plan, number: int) -> None:
     from pipelines.train import resolve
 
     def on_epoch(epoch: int, row: dict[str, float]) -> None:
-        # Of an epoch trained twice, because a kill came between, the first report counts.
-        trial.set_user_attr("history", [*trial.user_attrs.get("history", [])[:epoch], row])
+        history = trial.user_attrs.get("history", [])
+        if epoch < len(history):  # told before a kill
+            return
         trial.report(row[plan.metric], step=epoch + 1)
+        trial.set_user_attr("history", [*history, row])
         if epoch + 1 < plan.epochs and trial.should_prune():
             raise optuna.TrialPruned
 
