@@ -238,7 +238,9 @@ def page(results: dict[str, Any]) -> str:
         each = [a / b for a, b in zip(speeds("ours"), speeds(other), strict=True)]
         return f"{median(each):.2f} ({min(each):.2f} – {max(each):.2f})"
 
-    table = [(arm, f"{median(speeds(arm)):,.0f}", ratio(arm)) for arm in ARMS]
+    table: list[tuple[str, ...]] = [
+        (arm, f"{median(speeds(arm)):,.0f}", ratio(arm)) for arm in ARMS
+    ]
     waiting = median(row["ours"]["waiting"] for row in rounds)
     facts = "".join(f"- {name}: {text}\n" for name, text in results.get("machine", {}).items())
     how = (__doc__ or "").split("\n\n")[2]

@@ -14,7 +14,7 @@ import os
 import shlex
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -402,22 +402,22 @@ def draw(plan: Plan, study: optuna.Study) -> None:
     import matplotlib.pyplot as plt
     from optuna.visualization import matplotlib as plots
 
-    named = {"target_name": plan.metric}
-    kinds = {
-        "history": partial(plots.plot_optimization_history, **named),
-        "parallel": partial(plots.plot_parallel_coordinate, **named),
+    name = plan.metric
+    kinds: dict[str, Callable[[optuna.Study], object]] = {
+        "history": partial(plots.plot_optimization_history, target_name=name),
+        "parallel": partial(plots.plot_parallel_coordinate, target_name=name),
         "epochs": plots.plot_intermediate_values,
-        "importance": partial(plots.plot_param_importances, **named),
+        "importance": partial(plots.plot_param_importances, target_name=name),
     }
     reached = [trial.value for trial in study.trials if trial.state == TrialState.COMPLETE]
     if len(set(reached)) < 2:  # nothing varied that could have been important
         del kinds["importance"]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # matplotlib plots are "experimental"
-        for name, plot in kinds.items():
+        for kind, plot in kinds.items():
             plot(study)
             plt.gcf().set_size_inches(9, 5)
-            plt.savefig(plan.folder / f"{name}.png", bbox_inches="tight")
+            plt.savefig(plan.folder / f"{kind}.png", bbox_inches="tight")
             plt.close("all")
 
 
