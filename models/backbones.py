@@ -71,7 +71,7 @@ def pyramid(x: keras.KerasTensor, widths: Sequence[int], stem_stride: int = 1) -
     *earlier, x = _residual_stages(x, widths)
     x = _conv(x, widths[-1] // 2, size=1)
     for stage in reversed(earlier):
-        # Not "nearest", which Keras turns into six-dimensional broadcasts.
+        # Not "nearest", which Keras builds of repetitions instead of one resizing operation.
         x = layers.UpSampling2D(2, interpolation="bilinear")(x)
         x = layers.Add()([x, _conv(stage, widths[-1] // 2, size=1)])
         x = _conv(x, widths[-1] // 2)
