@@ -249,8 +249,8 @@ def test_training_outlives_its_tracking_server(
         journal.add(metrics={"loss": 0.3}, step=2)
         assert journal.pending == 0
         server.kill()
-        for step in (3, 4):
-            journal.add(metrics={"loss": 0.6 / step}, step=step)
+        for step, loss in ((3, 0.2), (4, 0.15)):
+            journal.add(metrics={"loss": loss}, step=step)
         assert journal.pending == 2
         raise KeyboardInterrupt
     said = capsys.readouterr().err

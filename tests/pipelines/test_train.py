@@ -133,7 +133,7 @@ def test_the_output_is_whole_and_the_checkpoint_gone(trained: Trained) -> None:
 
 def test_the_run_knows_every_parameter(trained: Trained) -> None:
     job = json.loads((trained.root / "runs/emotion/plain/job.json").read_text())
-    logged = trained.run.data.params
+    logged = dict(trained.run.data.params)
     assert logged.pop("dataset") == "synthetic"
     assert logged == {name: str(value) for name, value in job.items() if name != "task"}
 
