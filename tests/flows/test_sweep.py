@@ -24,6 +24,7 @@ from prefect.client.schemas.filters import (
 )
 from prefect.client.schemas.objects import FlowRun
 from prefect.client.schemas.sorting import FlowRunSort
+from prefect.states import Cancelling
 
 from flows import sweep as module
 from flows.supervise import Lifeline, Outcome
@@ -273,6 +274,23 @@ def test_out_of_time_it_stops_and_goes_on_later(trainer: Trainer) -> None:
     state = sweep("emotion-plain", trials=3, return_state=True)
     assert (state.message or "").startswith("3 of 3 trials: 3 complete\n")
     assert study_of().trials[0].params == values
+
+
+def test_cancelled_in_prefect_it_stops_and_can_go_on(
+    trainer: Trainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "POLL_SECONDS", 0.2)
+
+    def cancelled(plan: Plan, number: int, lifeline: Lifeline) -> Outcome:
+        with get_client(sync_client=True) as client:
+            client.set_flow_run_state(last_flow_run().id, Cancelling())
+        return lasts(plan, number, lifeline)
+
+    trainer.ends = cancelled
+    state = sweep("emotion-plain", trials=3, return_state=True)
+    assert state.is_cancelled()
+    assert state.message == "cancelled; the same command goes on. 1 of 3 trials: 1 interrupted"
+    assert states() == ["RUNNING"]
 
 
 def test_the_search_goes_on_without_mlflow_and_catches_up(
