@@ -186,7 +186,8 @@ def compare_precisions(job: Job, shards: Path) -> str:
         for precision, taken in seconds.items()
     )
     ratio = seconds["float32"] / seconds["mixed_bfloat16"]
-    return f"{job.name} under {keras.backend.backend()}: {figures}; {ratio:.2f} times as fast"
+    where = f"{job.name} under {keras.backend.backend()}"
+    return f"{where}: {figures}; mixed_bfloat16 is {ratio:.2f} times as fast"
 
 
 def _begin(job: Job, meta: dict[str, Any], checkpoint: Path) -> tuple[keras.Model, History]:

@@ -106,8 +106,8 @@ def take(name: str, params: Params, shards: Path, out: Path, came: Path) -> None
         with whole_folder(folder / "result") as partial:
             for file in RESULT:
                 copy(came / file, partial / file)
-        history = pd.read_csv(came / "history.csv").drop(columns="epoch")
-        for epoch, row in enumerate(history.to_dict("records")):
+        history = pd.read_csv(came / "history.csv", float_precision="round_trip")
+        for epoch, row in enumerate(history.drop(columns="epoch").to_dict("records")):
             journal.add(metrics=row, step=epoch)
         _hand_over(journal, shards, out)
     _clear(journal, out)
