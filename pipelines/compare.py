@@ -54,7 +54,9 @@ def main() -> None:
     args = _arguments()
     params = load_params()
     faces = reference_faces(args.task, params, args.side)
-    folders = args.runs or sorted(path.parent for path in Path("runs", args.task).glob("*/*.keras"))
+    folders = args.runs or sorted(
+        path.parent for path in Path("runs", args.task).glob("*/model.keras")
+    )
     if not folders:
         raise GrimaceError(f"runs/{args.task} holds no model; run `dvc repro train` or name --runs")
     models = [

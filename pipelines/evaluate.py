@@ -774,7 +774,7 @@ def _plot_reliability(truth: np.ndarray, outputs: np.ndarray, out: Path, title: 
     )
     curve.plot([0, 1], [0, 1], color="grey", linewidth=0.8, linestyle=":")
     curve.plot(table["confidence"], table["accuracy"], "o-")
-    curve.set(ylabel="accuracy", xlim=(0, 1), ylim=(0, 1))
+    curve.set(ylabel="accuracy", xlim=(0, 1.02), ylim=(0, 1.03))
     curve.set_title(f"{title}: reliability, ECE {gap:.1%}", parse_math=False)
     counts.bar(table["confidence"], table["share"], width=0.04)
     counts.set(xlabel="confidence", ylabel="share of faces")

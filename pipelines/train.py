@@ -9,8 +9,10 @@ last whole epoch, in the same MLflow run. A job can be trained elsewhere, too:
 """
 
 import argparse
+import fcntl
 import hashlib
 import json
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -106,8 +108,8 @@ def take(name: str, params: Params, shards: Path, out: Path, came: Path) -> None
         with whole_folder(folder / "result") as partial:
             for file in RESULT:
                 copy(came / file, partial / file)
-        history = pd.read_csv(came / "history.csv").drop(columns="epoch")
-        for epoch, row in enumerate(history.to_dict("records")):
+        history = pd.read_csv(came / "history.csv", float_precision="round_trip")
+        for epoch, row in enumerate(history.drop(columns="epoch").to_dict("records")):
             journal.add(metrics=row, step=epoch)
         _hand_over(journal, shards, out)
     _clear(journal, out)
@@ -116,9 +118,16 @@ def take(name: str, params: Params, shards: Path, out: Path, came: Path) -> None
 
 def deliver(params: Params) -> None:
     """Tell MLflow of the trainings that ended while it was away."""
-    for folder in sorted(UNDELIVERED.glob("*")):
-        if tracking.Journal(params.tracking, folder).deliver():
-            rmtree(folder)
+    if not UNDELIVERED.exists():
+        return
+    handle = os.open(UNDELIVERED, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)  # a training beside this one may be at it
+        for file in sorted(UNDELIVERED.glob("*/journal.json")):
+            if tracking.Journal(params.tracking, file.parent).deliver():
+                rmtree(file.parent)
+    finally:
+        os.close(handle)
 
 
 def resolve(name: str, params: Params, shards: Path) -> Job:

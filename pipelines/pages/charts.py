@@ -219,16 +219,13 @@ def reliability(table: pd.DataFrame, title: str) -> Markup:
     """
 
     def draw(axes: Any) -> None:
-        axes.bar(table["confidence"], table["share"], 0.045, color=colour("pale"), label="share")
+        axes.bar(table["confidence"], table["share"], 0.045, color=colour("pale"))
         axes.plot([0, 1], [0, 1], color=colour("line"), linewidth=1.2)
-        axes.plot(
-            table["confidence"], table["accuracy"], "o-", color=colour("main"), label="accuracy"
-        )
-        axes.set(xlim=(0, 1.03), ylim=(0, 1.03), xlabel="confidence")
+        axes.plot(table["confidence"], table["accuracy"], "o-", color=colour("main"))
+        axes.set(xlim=(0, 1.03), ylim=(0, 1.04), xlabel="confidence")
         axes.xaxis.set_major_formatter("{x:.0%}")
         axes.yaxis.set_major_formatter("{x:.0%}")
         axes.set_title(title)
-        axes.legend(loc="upper left")
 
     said = "; ".join(
         f"{row['confidence']:.0%} sure, {row['accuracy']:.0%} right ({row['share']:.0%} of all)"

@@ -192,8 +192,9 @@ def _calibration(result: Result) -> list[Markup | str]:
         for model in result["models"]
     ]
     return [
-        "How often a model is right when it is so sure. On the diagonal its probabilities can be "
-        "taken at their word; below it, it is too sure.",
+        "How often a model is right when it is so sure (dots), and of what share of the faces it is "
+        "so sure (bars). On the diagonal its probabilities can be taken at their word; below "
+        "it, it is too sure.",
         pages.side_by_side(*drawn),
         pages.note(
             "Expected calibration error over 15 bins of equal width, by the probability of the "
@@ -306,7 +307,7 @@ def _all_figures(result: Result) -> list[Markup | str]:
 
 def _deployables(result: Result) -> list[Markup | str]:
     found, metric = result["deployables"], result["metric"]
-    unit = "points lost" if metric == "accuracy" else "NME gained"
+    unit = "points lost" if metric == "accuracy" else "change of the NME"
     table = pd.DataFrame(
         {
             "deployable": [row["name"] for row in found["rows"]],
