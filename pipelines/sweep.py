@@ -14,7 +14,7 @@ import os
 import shlex
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -402,8 +402,8 @@ def draw(plan: Plan, study: optuna.Study) -> None:
     import matplotlib.pyplot as plt
     from optuna.visualization import matplotlib as plots
 
-    named = {"target_name": plan.metric}
-    kinds = {
+    named: Any = {"target_name": plan.metric}
+    kinds: dict[str, Callable[..., Any]] = {
         "history": partial(plots.plot_optimization_history, **named),
         "parallel": partial(plots.plot_parallel_coordinate, **named),
         "epochs": plots.plot_intermediate_values,
