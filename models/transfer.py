@@ -18,7 +18,7 @@ PRETRAINED, UNTRAINED = "pretrained", "untrained"
 SIDES = (96, 128, 160, 192, 224)  # for which there are ImageNet weights of MobileNetV2
 
 
-class WeightsUnavailableError(Exception):
+class WeightsUnavailableError(OSError):
     """Pretrained weights cannot be had; the message says where they are looked for."""
 
 

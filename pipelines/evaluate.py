@@ -29,7 +29,7 @@ import argparse
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -281,14 +281,12 @@ def costs_of(paths: Sequence[Path], passes: int = 1) -> dict[str, int]:
         return cost
     import keras
 
+    from models.cost import multiply_adds
+
     models = [keras.saving.load_model(path, compile=False) for path in paths]
     cost["parameters"] = sum(model.count_params() for model in models)
-    try:
-        from models.cost import multiply_adds
-
+    with suppress(ValueError):  # a layer of another's that it does not know
         cost["multiply_adds"] = passes * sum(multiply_adds(model) for model in models)
-    except (ImportError, ValueError):  # ValueError: a layer of another's that it does not know
-        pass
     return cost
 
 

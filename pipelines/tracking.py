@@ -208,10 +208,12 @@ def _log_model(run_id: str, model: Path, example: Path) -> None:
     loaded, images = keras.models.load_model(model, compile=False), np.load(example)
     requirements = [f"{name}=={version(name)}" for name in ("tensorflow", "keras", "numpy")]
     with mlflow.start_run(run_id=run_id):
-        mlflow.keras.log_model(
+        # MLflow's Keras flavour writes the example into a folder that is not there yet (3.17).
+        mlflow.tensorflow.log_model(
             loaded,
             name="model",
             signature=mlflow.models.infer_signature(images, loaded.predict(images, verbose=0)),
+            input_example=images,
             pip_requirements=requirements,
         )
 

@@ -177,6 +177,7 @@ def test_the_logged_model_answers_as_the_file_does(trained: Trained) -> None:
     (given,), (answered,) = schema.inputs.inputs, schema.outputs.inputs
     assert (given.shape, given.type) == ((-1, 16, 16, 1), np.dtype("float32"))
     assert (answered.shape, answered.type) == ((-1, 7), np.dtype("float32"))
+    assert np.array_equal(logged.input_example, images[:2])
     model = keras.models.load_model(trained.root / "runs/emotion/plain/model.keras")
     assert np.array_equal(logged.predict(images), model.predict(images, verbose=0))
     assert trained.run.data.metrics["parameters"] == model.count_params()
