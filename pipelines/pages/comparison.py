@@ -192,8 +192,8 @@ def _calibration(result: Result) -> list[Markup | str]:
         for model in result["models"]
     ]
     return [
-        "How often a model is right when it is so sure (dots), and of what share of the faces it is "
-        "so sure (bars). On the diagonal its probabilities can be taken at their word; below "
+        "How often a model is right when it is so sure (dots), and of what share of the faces it "
+        "is so sure (bars). On the diagonal its probabilities can be taken at their word; below "
         "it, it is too sure.",
         pages.side_by_side(*drawn),
         pages.note(
