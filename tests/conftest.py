@@ -1,6 +1,7 @@
 """A file server on loopback, and a place where nothing of the user's is found."""
 
 import json
+import os
 import shutil
 import threading
 from collections.abc import Iterator
@@ -166,3 +167,13 @@ def searchable(tmp_path: Path, empty_store: Path, monkeypatch: pytest.MonkeyPatc
     meta = {"task": "emotion", "dataset": "synthetic", "size": 16, "channels": 1, "views": 1}
     (shards / "meta.json").write_text(json.dumps(meta | {"counts": {"train": 40, "val": 16}}))
     return tmp_path
+
+
+@pytest.fixture(autouse=True, scope="module")
+def own_tracking() -> Iterator[None]:
+    """Let no module inherit the store of another: MLflow puts its address into the environment."""
+    before = os.environ.get("MLFLOW_TRACKING_URI")
+    yield
+    os.environ.pop("MLFLOW_TRACKING_URI", None)
+    if before is not None:
+        os.environ["MLFLOW_TRACKING_URI"] = before
