@@ -284,7 +284,8 @@ def _resume(
     if not all((checkpoint / name).exists() for name in (saved["weights"], BEST)):
         return None  # killed while it was being removed
     history: History = saved["history"]
-    model = build(job, meta)
+    # With its weights, though others replace them: by them a base is known as pretrained.
+    model = build(job, meta, job.weights)
     _compile(model, job, len(history) - 1, steps)
     model.optimizer.build(model.trainable_variables)
     model.load_weights(checkpoint / saved["weights"])
@@ -315,7 +316,7 @@ def _write_result(
     job: Job, meta: dict[str, Any], history: History, checkpoint: Path, out: Path
 ) -> keras.Model:
     keras.mixed_precision.set_global_policy("float32")
-    model = build(job, meta)
+    model = build(job, meta, job.weights)
     model.load_weights(checkpoint / BEST)
     out.mkdir(parents=True, exist_ok=True)
     model.save(out / "model.keras")
