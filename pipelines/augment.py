@@ -156,7 +156,7 @@ def write_shards(
     make = partial(make_rows, recipe, build_policy(recipe.settings, recipe.task, recipe.name))
     ahead, behind = tee(_chunks(recipe, plan, previous))
     todo = ([row for row in chunk if row.old is None] for chunk in ahead)
-    made = fan_out(make, todo, workers, address)
+    made = fan_out(make, todo, workers, address, preload=("albumentations", "pipelines.augment"))
     taken_over = 0
     with (
         _npy_files(out, _shapes(recipe, plan)) as files,

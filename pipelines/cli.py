@@ -46,8 +46,9 @@ def _disk_is_full(error: OSError) -> bool:
 def _tell_costs() -> None:
     """Say what this process took, and note it in `reports/costs.jsonl` for `report --publish`.
 
-    Memory is the largest resident set of this process or any one of its children. A machine that
-    only trains may lack psutil: there nothing is said.
+    Memory is the largest resident set of this process or any one child that it waited for, which
+    the workers of a pool are not. A machine that only trains may lack psutil: there nothing is
+    said.
     """
     try:
         import psutil

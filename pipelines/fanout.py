@@ -8,7 +8,7 @@ import logging
 import os
 import signal
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -34,6 +34,7 @@ def fan_out(
     chunks: Iterable[Chunk],
     workers: int,
     address: str | None = None,
+    preload: Sequence[str] = (),
 ) -> Iterator[Result]:
     """Apply `work` to every chunk; yield the results in the order of the chunks.
 
@@ -46,6 +47,8 @@ def fan_out(
         workers: processes; one means this one.
         address: of a Ray cluster, whose machines then take the place of the processes: HOST:PORT
             from one of them, ray://HOST:PORT from elsewhere.
+        preload: modules that `work` needs, imported once for all processes of a program's first
+            pool; slow ones are worth naming.
 
     Raises:
         GrimaceError: workers were killed again and again; or the cluster cannot be used.
@@ -55,17 +58,20 @@ def fan_out(
         return _on_cluster(work, chunks, address)
     if workers == 1:
         return map(work, chunks)
-    return _in_processes(work, chunks, workers)
+    return _in_processes(work, chunks, workers, preload)
 
 
 def _in_processes(
-    work: Callable[[Chunk], Result], chunks: Iterable[Chunk], workers: int
+    work: Callable[[Chunk], Result],
+    chunks: Iterable[Chunk],
+    workers: int,
+    preload: Sequence[str],
 ) -> Iterator[Result]:
     """Fan out over a pool of this machine's processes."""
     stream = iter(chunks)
     todo: deque[Chunk] = deque()  # in flight, oldest first
     for retries_left in reversed(range(RETRIES + 1)):
-        with _pool(workers) as pool:
+        with _pool(workers, preload) as pool:
             try:
                 futures = deque(pool.submit(work, chunk) for chunk in todo)
                 yield from _in_order(pool, work, stream, todo, futures, 2 * workers)
@@ -99,12 +105,16 @@ def _in_order(
 
 
 @contextmanager
-def _pool(workers: int) -> Iterator[ProcessPoolExecutor]:
-    """Yield a pool whose processes end with this block, and with this process however it ends."""
-    watched, lifeline = get_context("spawn").Pipe(duplex=False)
-    pool = ProcessPoolExecutor(
-        workers, mp_context=get_context("spawn"), initializer=_start, initargs=(watched,)
-    )
+def _pool(workers: int, preload: Sequence[str]) -> Iterator[ProcessPoolExecutor]:
+    """Yield a pool whose processes end with this block, and with this process however it ends.
+
+    A server that has imported `preload` forks them, so that each need not import it anew; unlike
+    this process, it has no threads that a fork would break.
+    """
+    context = get_context("forkserver")
+    context.set_forkserver_preload([*preload])
+    watched, lifeline = context.Pipe(duplex=False)
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start, initargs=(watched,))
     try:
         yield pool
         pool.shutdown()

@@ -151,7 +151,7 @@ def measure_all(
 
     from pipelines.checks import duplicates
     from pipelines.checks.judge import DERIVED, Kept
-    from pipelines.checks.measures import FACE_SIDE, digest, measure, settings_digest
+    from pipelines.checks.measures import FACE_SIDE, MEASURING, digest, measure, settings_digest
     from pipelines.fanout import fan_out
 
     earlier = _earlier_table(previous)
@@ -181,6 +181,7 @@ def measure_all(
         chain(first, chunks),
         workers,
         address,
+        preload=MEASURING,
     )
     frames = []
     sides = {"coarse": duplicates.COARSE_SIDE, "sharp": duplicates.SIDE, "faces": FACE_SIDE}
