@@ -5,8 +5,9 @@
 On FER-2013, one and two processes of each stage stand beside a straight loop, as one writes it in
 a notebook: one process, one image at a time, the same checks or the same transforms. Every
 measurement has a process of its own, and rounds are interleaved, so that what else the machine
-does falls on all alike. Times are those of the work, without the start of Python, but the two
-worker processes of a stage start within them. Two such loops side by side, each on half of the
+does falls on all alike. Times are those of the work, without the start of Python and what it
+imports: of two processes, their server's too, which a stage starts first of all, so that it imports
+beside it. Two such loops side by side, each on half of the
 images, show what the second core of the machine is worth. Of `filter`, this is the measuring of
 every image; what it then does with the table of measures (comparing hashes, training for the check
 of labels) no loop over images could do.
@@ -164,6 +165,10 @@ def measured(arm: str, work: Path, part: int) -> dict[str, float]:
     """
     import cv2
 
+    from pipelines.augment import WORKING
+    from pipelines.fanout import fan_out, start_server
+    from pipelines.filter import MEASURING
+
     for module in HEAVY:
         import_module(module)
     cv2.setNumThreads(1)
@@ -182,6 +187,10 @@ def measured(arm: str, work: Path, part: int) -> dict[str, float]:
         before = np.delete(rows, np.s_[:: max(10, total // ADDED)])
         do(work, before, **options, keep=True)
         options["previous"] = True
+    if options.get("workers") == 2:
+        modules = {"filter": MEASURING, "augment": WORKING}[stage]
+        start_server(modules)
+        list(fan_out(len, [[], []], 2))  # it serves when it has imported
     with largest_descendant() as largest:
         start = time.perf_counter()
         do(work, rows, **options)

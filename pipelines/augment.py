@@ -27,7 +27,7 @@ from models.schemes import EMOTIONS, SCHEMES
 from pipelines.cli import GrimaceError, run, whole_folder
 from pipelines.crops import decode
 from pipelines.datasets.example import Example
-from pipelines.fanout import fan_out
+from pipelines.fanout import fan_out, start_server
 from pipelines.params import TaskName, load_params
 from pipelines.shards import read_view
 from pipelines.views import Recipe, augmented_views, build_policy, plain_view, seed_of
@@ -43,6 +43,8 @@ SIDES: tuple[Side, ...] = ("train", "val")
 # What each view of each side is stored as.
 KINDS = {"emotion": ("images",), "landmarks": ("images", "landmarks", "visible")}
 
+WORKING = ("albumentations", "pipelines.augment")  # what `make_rows` needs
+
 # What a row follows from besides its example and its recipe.
 ROOT = Path(__file__).parents[1]
 SOURCES = ("pipelines/augment.py", "pipelines/views.py", "pipelines/crops.py", "models/schemes.py")
@@ -55,6 +57,9 @@ def main() -> None:
     parser.add_argument("--task", required=True, choices=("emotion", "landmarks"))
     args = parser.parse_args()
     params = load_params()
+    workers = params.augment.workers or len(os.sched_getaffinity(0))
+    if workers > 1 and params.cluster.address is None:
+        start_server(WORKING)
     task = params.tasks.named(args.task)
     recipe = Recipe(args.task, task, params.augment.named(args.task), params.augment.seed)
     build_policy(recipe.settings, task, args.task)
@@ -62,7 +67,6 @@ def main() -> None:
     index = usable(Path("data/clean", task.dataset), split, args.task)
 
     shards = Path("data/augment", args.task)
-    workers = params.augment.workers or len(os.sched_getaffinity(0))
     with whole_folder(shards) as out:
         taken_over = write_shards(recipe, index, out, workers, params.cluster.address, shards)
     print(f"{taken_over} rows taken over from the last run")
@@ -156,7 +160,7 @@ def write_shards(
     make = partial(make_rows, recipe, build_policy(recipe.settings, recipe.task, recipe.name))
     ahead, behind = tee(_chunks(recipe, plan, previous))
     todo = ([row for row in chunk if row.old is None] for chunk in ahead)
-    made = fan_out(make, todo, workers, address, preload=("albumentations", "pipelines.augment"))
+    made = fan_out(make, todo, workers, address)
     taken_over = 0
     with (
         _npy_files(out, _shapes(recipe, plan)) as files,

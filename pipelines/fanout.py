@@ -13,7 +13,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from itertools import islice
-from multiprocessing import get_context
+from multiprocessing import forkserver, get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
 from socket import create_connection
@@ -29,12 +29,25 @@ RETRIES = 2  # of the work that dead workers had in hand
 ROOT = Path(__file__).parents[1]
 
 
+def start_server(modules: Sequence[str]) -> None:
+    """Start the process that worker processes are forked from, and return at once.
+
+    It imports what their work needs while this process does what comes first; without this call it
+    starts with the first pool, and each worker imports for itself. Unlike this process it has no
+    threads, which a fork would break.
+
+    Args:
+        modules: that the work needs; slow ones are worth naming.
+    """
+    forkserver.set_forkserver_preload([*modules])
+    forkserver.ensure_running()
+
+
 def fan_out(
     work: Callable[[Chunk], Result],
     chunks: Iterable[Chunk],
     workers: int,
     address: str | None = None,
-    preload: Sequence[str] = (),
 ) -> Iterator[Result]:
     """Apply `work` to every chunk; yield the results in the order of the chunks.
 
@@ -47,8 +60,6 @@ def fan_out(
         workers: processes; one means this one.
         address: of a Ray cluster, whose machines then take the place of the processes: HOST:PORT
             from one of them, ray://HOST:PORT from elsewhere.
-        preload: modules that `work` needs, imported once for all processes of a program's first
-            pool; slow ones are worth naming.
 
     Raises:
         GrimaceError: workers were killed again and again; or the cluster cannot be used.
@@ -58,20 +69,17 @@ def fan_out(
         return _on_cluster(work, chunks, address)
     if workers == 1:
         return map(work, chunks)
-    return _in_processes(work, chunks, workers, preload)
+    return _in_processes(work, chunks, workers)
 
 
 def _in_processes(
-    work: Callable[[Chunk], Result],
-    chunks: Iterable[Chunk],
-    workers: int,
-    preload: Sequence[str],
+    work: Callable[[Chunk], Result], chunks: Iterable[Chunk], workers: int
 ) -> Iterator[Result]:
     """Fan out over a pool of this machine's processes."""
     stream = iter(chunks)
     todo: deque[Chunk] = deque()  # in flight, oldest first
     for retries_left in reversed(range(RETRIES + 1)):
-        with _pool(workers, preload) as pool:
+        with _pool(workers) as pool:
             try:
                 futures = deque(pool.submit(work, chunk) for chunk in todo)
                 yield from _in_order(pool, work, stream, todo, futures, 2 * workers)
@@ -105,14 +113,9 @@ def _in_order(
 
 
 @contextmanager
-def _pool(workers: int, preload: Sequence[str]) -> Iterator[ProcessPoolExecutor]:
-    """Yield a pool whose processes end with this block, and with this process however it ends.
-
-    A server that has imported `preload` forks them, so that each need not import it anew; unlike
-    this process, it has no threads that a fork would break.
-    """
+def _pool(workers: int) -> Iterator[ProcessPoolExecutor]:
+    """Yield a pool whose processes end with this block, and with this process however it ends."""
     context = get_context("forkserver")
-    context.set_forkserver_preload([*preload])
     watched, lifeline = context.Pipe(duplex=False)
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start, initargs=(watched,))
     try:

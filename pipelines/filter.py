@@ -43,22 +43,37 @@ SHEET = 48  # pictures shown for a check
 SHOWN_SIDE = 112  # pixels of a shown picture, at most
 COPIES = ("exact_duplicate", "near_duplicate")  # the checks that find clusters
 
+# What `pipelines.checks.measures.measure` imports.
+MEASURING = (
+    "ai_edge_litert.interpreter",
+    "pandas",
+    "pipelines.checks.duplicates",
+    "pipelines.checks.faces",
+    "pipelines.checks.image",
+    "pipelines.checks.landmarks",
+    "pipelines.checks.measures",
+)
+
 Read = Callable[[], Iterator["Example"]]
 
 
 def main() -> None:
     """Audit the dataset; in the graph, write the clean one."""
-    from pipelines.checks.judge import judge
+    from pipelines.fanout import start_server
     from pipelines.params import load_params
 
     args = _arguments()
     params = load_params()
+    workers = params.filter.workers if args.workers is None else args.workers
+    workers = workers or len(os.sched_getaffinity(0))
+    if workers > 1 and params.cluster.address is None:
+        start_server(MEASURING)
+    from pipelines.checks.judge import judge
+
     checks = params.filter.checks_of(args.dataset)
     restore = params.filter.restore.get(args.dataset, ())
     report: Path = args.out or Path("reports/filter", args.dataset)
     read, total = _source(args.dataset, args.archive)
-    workers = params.filter.workers if args.workers is None else args.workers
-    workers = workers or len(os.sched_getaffinity(0))
     _refuse_other_folder(report)
 
     previous = report / "examples.parquet"
@@ -151,7 +166,7 @@ def measure_all(
 
     from pipelines.checks import duplicates
     from pipelines.checks.judge import DERIVED, Kept
-    from pipelines.checks.measures import FACE_SIDE, MEASURING, digest, measure, settings_digest
+    from pipelines.checks.measures import FACE_SIDE, digest, measure, settings_digest
     from pipelines.fanout import fan_out
 
     earlier = _earlier_table(previous)
@@ -181,7 +196,6 @@ def measure_all(
         chain(first, chunks),
         workers,
         address,
-        preload=MEASURING,
     )
     frames = []
     sides = {"coarse": duplicates.COARSE_SIDE, "sharp": duplicates.SIDE, "faces": FACE_SIDE}

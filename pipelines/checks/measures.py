@@ -26,17 +26,6 @@ if TYPE_CHECKING:
 FACE_SIDE = 48
 FACE_MARGIN = 0.05
 
-# What `measure` imports when it is first called.
-MEASURING = (
-    "ai_edge_litert.interpreter",
-    "pandas",
-    "pipelines.checks.duplicates",
-    "pipelines.checks.faces",
-    "pipelines.checks.image",
-    "pipelines.checks.landmarks",
-    "pipelines.checks.measures",
-)
-
 # What a row depends on besides its example.
 SOURCES = (
     "checks/duplicates.py",

@@ -109,12 +109,13 @@ def test_left_early_it_stops_at_once() -> None:
     assert not any(worker.is_alive() for worker in workers)
 
 
-PRELOADING = """
-from pipelines.fanout import fan_out
+SERVED = """
+from pipelines.fanout import fan_out, start_server
 from tests.pipelines.test_fanout import has_colorsys
 
 if __name__ == "__main__":
-    print(list(fan_out(has_colorsys, range(3), 2, preload=["colorsys"])))
+    start_server(["colorsys"])
+    print(list(fan_out(has_colorsys, range(3), 2)))
 """
 
 
@@ -122,9 +123,9 @@ def has_colorsys(number: int) -> bool:
     return "colorsys" in sys.modules
 
 
-def test_workers_start_with_what_is_preloaded(tmp_path: Path) -> None:
+def test_workers_start_with_what_their_server_has_imported(tmp_path: Path) -> None:
     """In a program of its own: a process has one fork server."""
-    (tmp_path / "script.py").write_text(PRELOADING)
+    (tmp_path / "script.py").write_text(SERVED)
     env = os.environ | {"PYTHONPATH": str(ROOT)}
     said = subprocess.check_output(
         [sys.executable, "script.py"], cwd=tmp_path, env=env, text=True, timeout=60
