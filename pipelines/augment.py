@@ -43,7 +43,8 @@ SIDES: tuple[Side, ...] = ("train", "val")
 # What each view of each side is stored as.
 KINDS = {"emotion": ("images",), "landmarks": ("images", "landmarks", "visible")}
 
-WORKING = ("albumentations", "pipelines.augment")  # what `make_rows` needs
+# What `make_rows` needs; not this module, which a worker imports under another name.
+WORKING = ("albumentations", "pipelines.params", "pipelines.views")
 
 # What a row follows from besides its example and its recipe.
 ROOT = Path(__file__).parents[1]
