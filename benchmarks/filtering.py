@@ -291,9 +291,9 @@ def resolve(
     arm: str, seed: int, settings: TrainJob, steps: int | None, work: Path
 ) -> dict[str, Any]:
     """Return the fields of a `pipelines.fit.Job` that takes as many steps as every other arm's."""
-    epochs = settings.epochs.get(DATASET, settings.epochs["default"])
-    steps = steps or epochs * _steps_per_epoch("unfiltered", settings.batch, work)
-    fields = settings.model_dump(mode="json")
+    settings = settings.at(DATASET)
+    steps = steps or settings.epochs * _steps_per_epoch("unfiltered", settings.batch, work)
+    fields = settings.model_dump(mode="json", exclude={"by_dataset"})
     fields["epochs"] = max(1, round(steps / _steps_per_epoch(arm, settings.batch, work)))
     return {**fields, "seed": seed, "data_version": _data_version(work / arm / "shards")}
 

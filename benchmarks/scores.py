@@ -5,11 +5,11 @@ r"""Scores on real faces: our networks, those of the projects before this one, a
     python -m benchmarks.scores --task emotion --archive DIR/fer2013.zip
 
 The first command prepares the faces by the graph's own stages. The second trains every job of
-benchmarks/scores.yaml with each seed, keeps the epoch that did best on the validation side, lets it
-answer once on the test side as the source publishes it (every readable labelled face, copies too),
-and writes the page. Run the same again to go on: what is finished is not repeated, and an
-interrupted training resumes after its last epoch. Answers are kept beside the page, so that
-trainings may come from several machines; each says from which.
+params.yaml and benchmarks/scores.yaml with each seed, keeps the epoch that did best on the
+validation side, lets it answer once on the test side as the source publishes it (every readable
+labelled face, copies too), and writes the page. Run the same again to go on: what is finished is
+not repeated, and an interrupted training resumes after its last epoch. Answers are kept beside the
+page, so that trainings may come from several machines; each says from which.
 
 Others' packages are measured too where their wheels lie in --wheels; no code of theirs is run:
 
@@ -38,7 +38,7 @@ from benchmarks.filtering import estimate
 from pipelines.averaging import PASSES
 from pipelines.cli import GrimaceError, run
 from pipelines.job import Job, plain, read_job, write_job
-from pipelines.params import Evaluate, Params, TaskName, Train, load_params
+from pipelines.params import Evaluate, Params, TaskName, Train, TrainJob, load_params
 
 if TYPE_CHECKING:
     from pipelines.evaluate import Faces
@@ -82,7 +82,9 @@ def _arguments() -> argparse.Namespace:
     )
     parser.add_argument("--task", choices=tuple(FIGURES), required=True)
     parser.add_argument("--archive", type=Path, required=True, help="of the task's dataset")
-    parser.add_argument("--jobs", nargs="+", help=f"names in {JOBS} (default: all of the task)")
+    parser.add_argument(
+        "--jobs", nargs="+", help=f"in params.yaml or {JOBS} (default: all of the task)"
+    )
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="default: every core")
     parser.add_argument(
@@ -100,11 +102,12 @@ def _arguments() -> argparse.Namespace:
 
 
 def _names(task: TaskName) -> list[str]:
-    return [name for name, job in _jobs().jobs.items() if job.task == task]
+    return [name for name, job in _jobs().items() if job.task == task]
 
 
-def _jobs() -> Train:
-    return Train.model_validate({"jobs": yaml.safe_load(JOBS.read_text())})
+def _jobs() -> dict[str, TrainJob]:
+    others = Train.model_validate({"jobs": yaml.safe_load(JOBS.read_text())})
+    return load_params().train.jobs | others.jobs
 
 
 def _job(name: str, seed: int, task: TaskName, params: Params) -> Job:
@@ -115,9 +118,9 @@ def _job(name: str, seed: int, task: TaskName, params: Params) -> Job:
     """
     from pipelines import tracking
 
-    jobs = _jobs().jobs
+    jobs = _jobs()
     if name not in jobs or jobs[name].task != task:
-        raise GrimaceError(f"{JOBS} has no {name!r} for {task}; it has {', '.join(_names(task))}")
+        raise GrimaceError(f"no job {name!r} for {task}; there are {', '.join(_names(task))}")
     shards, dataset = Path("data/augment", task), params.tasks.named(task).dataset
     made = json.loads((shards / "meta.json").read_text()) if shards.exists() else {}
     if dataset == "synthetic" or made.get("dataset") != dataset:
@@ -359,7 +362,7 @@ def page(results: dict[str, Any], task: TaskName) -> str:
     text = (
         f"# Scores on real faces: {task}\n\n"
         f"Written by `python -m benchmarks.scores --task {task}` (its `--help` has the commands in "
-        f"full); trainings: `benchmarks/scores.yaml`. {results['faces']:,} test faces, as the "
+        f"full). {results['faces']:,} test faces, as the "
         "source publishes them. Means over seeds, with 95 % intervals over seeds and faces "
         "(pigeonhole bootstrap, Owen 2007; people or copies are drawn as a whole). The epoch was "
         "chosen on validation; what is averaged over crops is never what is deployed.\n\n"

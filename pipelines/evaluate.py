@@ -2,7 +2,7 @@ r"""Stage `evaluate`: measure a model on labelled faces, with 95 % intervals.
 
 Within the graph it takes one trained job and the validation side:
 
-    python -m pipelines.evaluate --job emotion-residual
+    python -m pipelines.evaluate --job emotion-compact
 
 By itself it measures any model file on any dataset's archive (or part of one):
 

@@ -82,7 +82,7 @@ class Plan(BaseModel):
     @property
     def epochs(self) -> int:
         """How long a trial trains."""
-        return self.params.train.jobs[self.job].epochs["default"]
+        return self.params.train.jobs[self.job].epochs
 
     @property
     def ranges(self) -> dict[str, Range]:
@@ -129,9 +129,9 @@ def make_plan(job: str, params: Params) -> Plan:
             f"after every epoch, so it cannot lead a search; {' and '.join(BY_EPOCH)} are"
         )
     meta = read_meta(shards)
-    whole = settings.epochs.get(meta["dataset"], settings.epochs["default"])
-    epochs = {"default": max(1, round(whole * params.sweep.epochs))}
-    trained = with_job(params, job, {"epochs": epochs})
+    own, overridden = settings.at(meta["dataset"]), settings.by_dataset.get(meta["dataset"], {})
+    epochs = max(1, round(own.epochs * params.sweep.epochs))
+    trained = with_job(params, job, {**overridden, "epochs": epochs, "by_dataset": {}})
     ranges = params.sweep.jobs[job]
     kept = trained.train.jobs[job].model_dump(mode="json", exclude=set(ranges))
     sweep = params.sweep.model_dump(mode="json", exclude={"jobs"})
@@ -315,18 +315,19 @@ def write_best(plan: Plan, study: optuna.Study) -> str:
     first = study.trials[0]
     if first.user_attrs.get("own") and first.state == TrialState.COMPLETE and best.number:
         said += f", {first.value:.4f} with the values that the job had before"
-    commands = take_over(plan.job, values)
+    commands = take_over(plan.job, plan.dataset, values)
     header = f"Study {plan.study}, {plan.epochs} epochs a trial: {said}.\n{commands}"
     text = "".join(f"# {line}\n" for line in header.splitlines())
-    overlay = {"train": {"jobs": {plan.job: values}}}
+    overlay = {"train": {"jobs": {plan.job: {"by_dataset": {plan.dataset: values}}}}}
     (plan.folder / "best.yaml").write_text(text + yaml.safe_dump(overlay, sort_keys=False))
     (plan.folder / "trials.json").write_text(json.dumps(rows, indent=1) + "\n")
     return f"best: {said}\n{commands}"
 
 
-def take_over(job: str, values: Mapping[str, Any]) -> str:
-    """Return the two commands that train with a search's values, one a line."""
-    settings = [f"train.jobs.{job}.{field}={_hydra(value)}" for field, value in values.items()]
+def take_over(job: str, dataset: str, values: Mapping[str, Any]) -> str:
+    """Return the two commands that train with a search's values on its dataset, one a line."""
+    place = f"train.jobs.{job}.by_dataset.{dataset}"
+    settings = [f"{place}.{field}={_hydra(value)}" for field, value in values.items()]
     overrides = " ".join(f"-S {shlex.quote('++' + setting)}" for setting in settings)
     return (
         f"into params.yaml: uv run python -m flows.sweep --job {job} --apply\n"
@@ -374,12 +375,14 @@ def apply(overlay: Path, target: Path = Path("params.yaml")) -> dict[str, Any]:
     for job, values in yaml.safe_load(overlay.read_text())["train"]["jobs"].items():
         if job not in text["train"]["jobs"]:
             raise GrimaceError(f"{overlay} is for the job {job}, which {target} does not have")
-        for field, value in values.items():
-            changed[f"train.jobs.{job}.{field}"] = value
-            text["train"]["jobs"][job][field] = value
-            if isinstance(value, list):  # on one line
-                text["train"]["jobs"][job][field] = listed = CommentedSeq(value)
-                listed.fa.set_flow_style()
+        for dataset, own in values["by_dataset"].items():
+            place = text["train"]["jobs"][job].setdefault("by_dataset", {}).setdefault(dataset, {})
+            for field, value in own.items():
+                changed[f"train.jobs.{job}.by_dataset.{dataset}.{field}"] = value
+                place[field] = value
+                if isinstance(value, list):  # on one line
+                    place[field] = listed = CommentedSeq(value)
+                    listed.fa.set_flow_style()
     draft = target.with_name(f".{target.name}.partial")
     try:
         with draft.open("w") as file:
@@ -494,7 +497,7 @@ def _record_trial(
     told, now = run.info.run_id, round(time.time() * 1000)
     if not run.data.params:
         job = varied(plan.params.train.jobs[plan.job], suggest(trial, plan.ranges))
-        values = {**job.model_dump(mode="json", exclude={"task"}), "epochs": plan.epochs}
+        values = job.model_dump(mode="json", exclude={"task", "by_dataset"})
         client.log_batch(told, params=[Param(name, str(value)) for name, value in values.items()])
     known = len(client.get_metric_history(told, plan.metric))
     rows = list(enumerate(trial.user_attrs.get("history", [])))[known:]

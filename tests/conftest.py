@@ -145,7 +145,7 @@ def searchable(tmp_path: Path, empty_store: Path, monkeypatch: pytest.MonkeyPatc
     shutil.copy(empty_store, "mlflow.db")
     values["tracking"]["uri"] = f"sqlite:///{tmp_path}/mlflow.db"  # MLflow remembers stores
     job = {"widths": [4], "batch": 8, "learning_rate": 1e-5, "precision": "float32"}
-    values["train"]["jobs"]["emotion-plain"] |= {**job, "epochs": {"default": 8}}
+    values["train"]["jobs"]["emotion-plain"] |= {**job, "epochs": 8, "by_dataset": {}}
     values["sweep"] |= {"seed": 1, "epochs": 0.5, "startup": 2, "warm_up": 0.25}
     values["sweep"]["jobs"] = {
         "emotion-plain": {

@@ -32,11 +32,11 @@ def workspace(tmp_path_factory):
     params = yaml.safe_load((ROOT / "params.yaml").read_text())
     params["download"]["synthetic"]["count"] = 210
     params["filter"]["overrides"] = {}  # FER-2013's own trains networks
-    del params["train"]["jobs"]["landmarks-residual"]
+    del params["train"]["jobs"]["landmarks-compact"]
     for task in ("emotion", "landmarks"):
         params["augment"][task]["views"] = 2
     for job in params["train"]["jobs"].values():
-        job |= {"epochs": {"default": 1}, "widths": [8, 16], "batch": 32}
+        job |= {"epochs": 1, "widths": [8, 16], "batch": 32, "by_dataset": {}}
     params["evaluate"]["resamples"] = 100
     params["export"] |= {"calibration": 16, "engines": ["sm89"]}
     params["verify"]["latency_runs"] = 10
@@ -87,7 +87,7 @@ def test_one_command_ends_with_a_table_of_measured_deployables(workspace, first_
 
 
 def test_every_model_is_on_a_page_of_comparison(workspace, first_run):
-    for task, models in (("emotion", {"plain", "residual"}), ("landmarks", {"plain"})):
+    for task, models in (("emotion", {"plain", "compact"}), ("landmarks", {"plain"})):
         page = (workspace / f"reports/compare/{task}.html").read_text()
         found = json.loads((workspace / f"reports/compare/{task}.json").read_text())
         assert {row["name"] for row in found["models"]} == models
@@ -110,7 +110,7 @@ def test_dvc_shows_something_worth_looking_at(workspace, first_run):
     plots = dvc(workspace, "plots", "show", "--json")
     shown = json.loads(plots.stdout)["data"]
     assert {"emotion accuracy", "landmark error", "landmark CED"} <= set(shown)
-    assert "train@emotion-residual" in dvc(workspace, "dag", "--dot").stdout
+    assert "train@emotion-compact" in dvc(workspace, "dag", "--dot").stdout
 
 
 def test_training_and_verification_meet_in_one_mlflow_run(workspace, first_run):
@@ -119,7 +119,7 @@ def test_training_and_verification_meet_in_one_mlflow_run(workspace, first_run):
     client = mlflow.MlflowClient(f"sqlite:///{workspace}/mlflow.db")
     experiment = client.get_experiment_by_name("grimace-emotion")
     runs = client.search_runs([experiment.experiment_id])
-    assert {run.data.tags["grimace.model"] for run in runs} == {"plain", "residual"}
+    assert {run.data.tags["grimace.model"] for run in runs} == {"plain", "compact"}
     assert all("val.accuracy" in run.data.metrics for run in runs)
     (candidate,) = [run for run in runs if run.data.tags.get("grimace.candidate") == "true"]
     assert "test.accuracy" in candidate.data.metrics

@@ -105,7 +105,7 @@ def test_the_sieve_takes_training_images_without_a_face_and_no_others(tmp_path: 
 
 def test_arms_train_for_the_same_number_of_steps(work: Path) -> None:
     job = load_params(ROOT / "params.yaml").train.jobs[filtering.JOB]
-    epochs = job.epochs["fer2013"]
+    epochs = job.at("fer2013").epochs
     small = job.model_copy(update={"batch": 2})
     jobs = {arm: filtering.resolve(arm, 3, small, None, work) for arm in filtering.ARMS}
     assert jobs["unfiltered"]["epochs"] == epochs

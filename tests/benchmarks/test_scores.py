@@ -109,6 +109,12 @@ def test_a_job_is_trained_once_and_answers_on_the_archives_test_side(
         (folder / f"{kind}_{10_000_000 + number}.png").write_bytes(row.image)
     params = yaml.safe_load((ROOT / "params.yaml").read_text())
     params["tasks"]["emotion"]["dataset"] = "fer2013"
+    job = params["train"]["jobs"]["emotion-compact"]
+    params["train"]["jobs"]["emotion-compact"] = job | {
+        "widths": [4, 4, 4],
+        "epochs": 1,
+        "batch": 8,
+    }
     (tmp_path / "params.yaml").write_text(yaml.safe_dump(params))
     shards = tmp_path / "data/augment/emotion"
     rng = np.random.default_rng(0)
@@ -122,12 +128,11 @@ def test_a_job_is_trained_once_and_answers_on_the_archives_test_side(
     meta = {"task": "emotion", "dataset": "fer2013", "size": 48, "channels": 1, "views": 1}
     meta |= {"margin": 0.05, "policy": "V4", "counts": {"train": 24, "val": 8}}
     (shards / "meta.json").write_text(json.dumps(meta | {"classes": EMOTIONS}))
-    job = yaml.safe_load((ROOT / scores.JOBS).read_text())["emotion-compact"]
-    small = job | {"widths": [4, 4, 4], "epochs": {"default": 1}, "batch": 8}
     (tmp_path / "benchmarks").mkdir()
-    (tmp_path / scores.JOBS).write_text(yaml.safe_dump({"emotion-compact": small}))
+    (tmp_path / scores.JOBS).write_text("{}")
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     command = ["scores", "--task", "emotion", "--archive", "fer", "--seeds", "1", "--threads", "1"]
+    command += ["--jobs", "emotion-compact"]
     monkeypatch.setattr(sys, "argv", command)
     scores.main()
     page = (tmp_path / scores.OUT / "emotion/README.md").read_text()

@@ -118,7 +118,7 @@ def is_alive(process: psutil.Process) -> bool:
 
 def test_killed_it_goes_on_and_a_trial_that_dies_is_one_failed_trial(prefect_server: str) -> None:
     values = yaml.safe_load(Path("params.yaml").read_text())
-    values["train"]["jobs"]["emotion-plain"]["epochs"] = {"default": 80}
+    values["train"]["jobs"]["emotion-plain"]["epochs"] = 80
     values["sweep"]["startup"] = 9  # none is pruned
     Path("params.yaml").write_text(yaml.safe_dump(values))
     arguments = ("--trials", "2", "--parallel", "2")
@@ -331,12 +331,12 @@ def test_mistakes_are_told_before_any_work(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_apply(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     Path("sweeps/emotion-plain").mkdir(parents=True)
-    overlay = {"train": {"jobs": {"emotion-plain": {"batch": 16}}}}
+    overlay = {"train": {"jobs": {"emotion-plain": {"by_dataset": {"synthetic": {"batch": 16}}}}}}
     Path("sweeps/emotion-plain/best.yaml").write_text(yaml.safe_dump(overlay))
     monkeypatch.setattr(sys, "argv", ["sweep", "--job", "emotion-plain", "--apply"])
     module.main()
-    assert capsys.readouterr().out == "train.jobs.emotion-plain.batch: 16\n"
-    assert load_params().train.jobs["emotion-plain"].batch == 16
+    assert capsys.readouterr().out == "train.jobs.emotion-plain.by_dataset.synthetic.batch: 16\n"
+    assert load_params().train.jobs["emotion-plain"].at("synthetic").batch == 16
 
 
 def test_how_a_process_ended() -> None:

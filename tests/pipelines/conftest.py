@@ -51,7 +51,7 @@ class World:
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    """Data on three sides, shards, and of each task a weak model "plain", a better "residual"."""
+    """Data on three sides, shards, and of each task a weak model "plain", a better "compact"."""
     from pipelines import augment, evaluate
     from pipelines.split import make_index
     from pipelines.views import Recipe
@@ -83,7 +83,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
             augment.write_shards(Recipe(task, *settings, seed=1), index, shards, workers=1)
         for task in TASKS:
             crops = evaluate.crop_all(faces, task, params.tasks.named(task))
-            for model, ridge in (("plain", 1e9), ("residual", 5.0)):
+            for model, ridge in (("plain", 1e9), ("compact", 5.0)):
                 path = Path("runs", task, model, "model.keras")
                 path.parent.mkdir(parents=True)
                 _fit(crops, ridge, path)

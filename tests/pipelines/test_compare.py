@@ -187,32 +187,32 @@ def test_what_evaluate_has_saved_is_compared(here, task, monkeypatch):
     monkeypatch.setattr("pipelines.runtimes.load", None)  # no model is opened
     result = compared(here, "--task", task, "--latency", "none")
     rows = {row["name"]: row for row in result["models"]}
-    assert rows.keys() == {"plain", "residual"}
+    assert rows.keys() == {"plain", "compact"}
     for name, row in rows.items():
         scores = json.loads((here.root / f"reports/evaluate/{task}/{name}/scores.json").read_text())
         for figure in (result["metric"], "ci95", "slices", "n", "cost"):
             assert row[figure] == scores[figure]
         assert row["answers"] == "saved by evaluate"
     page = (here.root / "pages/compare.html").read_text()
-    assert "residual" in page and result["date"] in page
+    assert "compact" in page and result["date"] in page
     assert f"--task {task} --latency none --out pages/compare.html" in page
 
 
 def test_a_model_trained_again_is_asked_again(here):
     shutil.copy(
-        here.root / "runs/emotion/residual/model.keras",
+        here.root / "runs/emotion/compact/model.keras",
         here.root / "runs/emotion/plain/model.keras",
     )
     rows = {
         row["name"]: row
         for row in compared(here, "--task", "emotion", "--latency", "none")["models"]
     }
-    assert (rows["plain"]["answers"], rows["residual"]["answers"]) == (
+    assert (rows["plain"]["answers"], rows["compact"]["answers"]) == (
         "computed here",
         "saved by evaluate",
     )
-    assert rows["plain"]["accuracy"] == rows["residual"]["accuracy"]
-    assert rows["plain"]["cost"]["parameters"] == rows["residual"]["cost"]["parameters"]
+    assert rows["plain"]["accuracy"] == rows["compact"]["accuracy"]
+    assert rows["plain"]["cost"]["parameters"] == rows["compact"]["cost"]["parameters"]
 
 
 def test_latency_is_measured_and_kept_with_the_run(here):
@@ -243,7 +243,7 @@ def test_what_cannot_be_converted_is_said_and_the_others_are_timed(here, monkeyp
     monkeypatch.setattr(compare, "_to_litert", fails_once)
     rows = {row["name"]: row for row in compared(here, "--task", "emotion")["models"]}
     assert rows["plain"]["latency"] == {"failed": "no kernel for it"}
-    assert rows["residual"]["latency"]["p50_ms"] > 0
+    assert rows["compact"]["latency"]["p50_ms"] > 0
     assert (
         "plain could not be timed: no kernel for it"
         in (here.root / "pages/compare.html").read_text()
@@ -257,14 +257,14 @@ def test_given_folders_an_ensemble_and_a_model_of_another_shape(here):
     wide = keras.Model(image, keras.layers.Dense(7, "softmax")(keras.layers.Flatten()(image)))
     (here.root / "elsewhere").mkdir()
     wide.save(here.root / "elsewhere/model.keras")
-    members = [f"runs/emotion/{name}/model.keras" for name in ("plain", "residual")]
+    members = [f"runs/emotion/{name}/model.keras" for name in ("plain", "compact")]
     here.call(
         evaluate.main, "--model", *members, "--out", "both", "--test-time", "flip", "--side", "val"
     )
     result = compared(
         here,
         *("--task", "emotion", "--latency", "none"),
-        *("--runs", "runs/emotion/residual", "both", "elsewhere"),
+        *("--runs", "runs/emotion/compact", "both", "elsewhere"),
     )
     rows = {row["name"]: row for row in result["models"]}
     scores = json.loads((here.root / "both/scores.json").read_text())

@@ -824,27 +824,27 @@ def test_a_job_is_measured_on_validation_only(evaluated):
     wanted = [face for face in evaluated.faces if sides[face.id] == "val"]
     root = evaluated.root
     report = root / "reports" / "evaluate" / "emotion"
-    scores = json.loads((report / "residual" / "scores.json").read_text())
+    scores = json.loads((report / "compact" / "scores.json").read_text())
     assert (scores["split"], scores["n"]) == ("val", len(wanted))
     images = np.load(root / "data" / "augment" / "emotion" / "val" / "images-00.npy")
-    path = root / "runs" / "emotion" / "residual" / "model.keras"
+    path = root / "runs" / "emotion" / "compact" / "model.keras"
     outputs = keras.saving.load_model(path).predict(images, verbose=0)
-    with np.load(report / "residual" / "predictions.npz") as saved:
+    with np.load(report / "compact" / "predictions.npz") as saved:
         np.testing.assert_allclose(saved["outputs"], outputs, atol=1e-6)
         assert saved["ids"].tolist() == [face.id for face in wanted]
         assert saved["models"].tolist() == [hashlib.sha256(path.read_bytes()).hexdigest()]
     right = [face.emotion == row.argmax() for face, row in zip(wanted, outputs, strict=True)]
     assert scores["accuracy"] == pytest.approx(np.mean(right))
-    assert is_picture(report / "residual" / "worst.png")
-    assert is_picture(report / "residual" / "slices.png")
-    assert is_picture(report / "residual" / "calibration.png")
+    assert is_picture(report / "compact" / "worst.png")
+    assert is_picture(report / "compact" / "slices.png")
+    assert is_picture(report / "compact" / "calibration.png")
     assert (scores["test_time"], "averaged" in scores) == ("none", False)
     slices = scores["slices"]
     assert list(slices) == ["class", "brightness", "yaw", "face_size", "source"]
     assert sum(row["n"] for row in slices["yaw"].values()) == len(wanted)
     whole = slices["source"]["synthetic"]
     assert (whole["n"], whole["accuracy"]) == (len(wanted), pytest.approx(scores["accuracy"]))
-    compact = json.loads((report / "residual.json").read_text())
+    compact = json.loads((report / "compact.json").read_text())
     assert compact["accuracy"] == scores["accuracy"]
     assert all(isinstance(value, int | float) for value in compact.values())
 
@@ -918,7 +918,7 @@ def saved(folder: Path) -> dict[str, np.ndarray]:
 
 
 def test_an_ensemble_on_the_graphs_own_validation_side(score, here, world):
-    models = [here / f"runs/emotion/{name}/model.keras" for name in ("plain", "residual")]
+    models = [here / f"runs/emotion/{name}/model.keras" for name in ("plain", "compact")]
     found = score("--model", *models, "--out", here / "both")
     images = np.load(here / "data/augment/emotion/val/images-00.npy")
     mean = np.mean([answers_of(path, images) for path in models], 0)
@@ -939,7 +939,7 @@ def test_an_ensemble_on_the_graphs_own_validation_side(score, here, world):
 
 
 def test_the_test_side_is_looked_at_on_request_alone(score, here, world):
-    model = here / "runs/landmarks/residual/model.keras"
+    model = here / "runs/landmarks/compact/model.keras"
     score("--model", model, "--out", here / "out", "--side", "test")
     sides = {face.id: side_of(face.person, world.params.split) for face in world.faces}
     assert {sides[id] for id in saved(here / "out")["ids"]} == {"test"}
@@ -970,7 +970,7 @@ def test_models_of_two_tasks_are_no_ensemble(score, reader, tmp_path, frames):
 
 @pytest.mark.parametrize("task", ["emotion", "landmarks"])
 def test_averaging_over_the_mirror_image(score, here, task):
-    model = here / f"runs/{task}/residual/model.keras"
+    model = here / f"runs/{task}/compact/model.keras"
     found = score("--model", model, "--out", here / "out", "--test-time", "flip")
     images = np.load(here / f"data/augment/{task}/val/images-00.npy")
     plain, flipped = answers_of(model, images), answers_of(model, images[:, :, ::-1])
@@ -1017,11 +1017,11 @@ def test_a_job_keeps_the_single_crop_first_and_says_what_averaging_gives(score, 
         params = yaml.safe_load((here / "params.yaml").read_text())
         params["evaluate"]["test_time"] = how
         (here / "params.yaml").write_text(yaml.safe_dump(params))
-        evaluate.evaluate_job("emotion-residual", load_params(here / "params.yaml"), how)
-        report = here / "reports/evaluate/emotion/residual"
+        evaluate.evaluate_job("emotion-compact", load_params(here / "params.yaml"), how)
+        report = here / "reports/evaluate/emotion/compact"
         scores = json.loads((report / "scores.json").read_text())
         images = np.load(here / "data/augment/emotion/val/images-00.npy")
-        plain = answers_of(here / "runs/emotion/residual/model.keras", images)
+        plain = answers_of(here / "runs/emotion/compact/model.keras", images)
         np.testing.assert_allclose(saved(report)["outputs"], plain, atol=1e-6)
         assert (scores["test_time"], scores["averaged"]["test_time"]) == ("none", how)
         assert scores["averaged"]["n"] == scores["n"]
@@ -1090,7 +1090,7 @@ def test_fifteen_points_from_split_to_scores(tmp_path, monkeypatch, score):
     params["augment"] |= {"workers": 1}
     params["augment"]["landmarks"] |= {"views": 2}
     params["evaluate"] |= {"resamples": 100, "gallery": 4}
-    params["train"]["jobs"]["landmarks-plain"] |= {"widths": [4, 8], "epochs": {"default": 2}}
+    params["train"]["jobs"]["landmarks-plain"] |= {"widths": [4, 8], "epochs": 2}
     (tmp_path / "params.yaml").write_text(yaml.safe_dump(params))
     faces = list(examples(name, open_archive(archive)))
     for folder in (f"data/clean/{name}", f"reports/filter/{name}"):

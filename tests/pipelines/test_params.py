@@ -111,7 +111,7 @@ def test_unknown_key_like_no_other(load: Load) -> None:
         ("filter.checks.blank.std", -1),
         ("filter.checks.blank.std", float("inf")),
         ("train.jobs.emotion-plain.learning_rate", float("nan")),
-        ("train.jobs.emotion-plain.epochs.default", 0),
+        ("train.jobs.emotion-plain.epochs", 0),
         ("train.jobs.emotion-plain.widths.1", -2),
         ("train.jobs.emotion-plain.network", "Res Net"),
         ("train.jobs.emotion-plain.loss", "hinge"),
@@ -152,11 +152,20 @@ def test_missing_transform_name(load: Load) -> None:
         ("tasks.emotion.dataset", "fer2031", "tasks.emotion.dataset: 'fer2031' is not a dataset"),
         ("split.val", 0.85, "split: val + test leave nothing for training"),
         ("train.jobs.emotion-plain.loss", "wing", "train.jobs.emotion-plain: loss wing"),
-        ("train.jobs.emotion-plain.epochs", {"fer2013": 1}, "train.jobs.emotion-plain: epochs"),
         (
-            "train.jobs.emotion-plain.epochs.fer2031",
-            5,
-            "train.jobs.emotion-plain: epochs names unknown datasets: fer2031",
+            "train.jobs.emotion-plain.by_dataset",
+            {"fer2031": {"epochs": 5}},
+            "train.jobs.emotion-plain: by_dataset names unknown datasets: fer2031",
+        ),
+        (
+            "train.jobs.emotion-plain.by_dataset",
+            {"fer2013": {"epoch": 5}},
+            "train.jobs.emotion-plain: by_dataset.fer2013: epoch: unknown key",
+        ),
+        (
+            "train.jobs.emotion-plain.by_dataset",
+            {"fer2013": {"model": "other"}},
+            "train.jobs.emotion-plain: by_dataset.fer2013 cannot change model",
         ),
         ("train.jobs.emotion-plain.task", "landmarks", "train.jobs.emotion-plain: loss"),
         (
@@ -232,11 +241,14 @@ def test_a_job_has_its_own_name_beside_its_network_s(load: Load) -> None:
     [
         ("emotion-plain", {"loss": "mse"}, "loss mse does not fit task emotion"),
         ("landmarks-plain", {"cutmix": 1.0}, "cutmix is not for landmarks"),
-        ("emotion-plain", {"epochs": {"fer2013": 3}}, "epochs needs a 'default'"),
-        ("emotion-plain", {"epochs": {"default": 3, "fer": 3}}, "unknown datasets: fer"),
         (
             "emotion-plain",
-            {"epochs": {"default": 9, "fer2013": 3}, "frozen_epochs": 3, "fine_tune_rate": 0.1},
+            {
+                "epochs": 9,
+                "frozen_epochs": 3,
+                "fine_tune_rate": 0.1,
+                "by_dataset": {"fer2013": {"epochs": 3}},
+            },
             "frozen_epochs 3 leave none of 3",
         ),
     ],
@@ -318,19 +330,19 @@ def test_small_numbers_however_they_are_written(load: Load, text: str) -> None:
     ],
 )
 def test_bad_ranges(load: Load, field: str, tried: dict[str, Any], said: str) -> None:
-    raw = changed("sweep.jobs.emotion-residual", {field: tried})
-    assert complaint(load, raw).startswith(f"sweep.jobs.emotion-residual.{field}: {said}")
+    raw = changed("sweep.jobs.emotion-compact", {field: tried})
+    assert complaint(load, raw).startswith(f"sweep.jobs.emotion-compact.{field}: {said}")
 
 
 def test_ranges_are_for_a_job_that_is_there(load: Load) -> None:
-    raw = changed("sweep.jobs", {"emotion-residul": {"dropout": {"low": 0, "high": 0.5}}})
+    raw = changed("sweep.jobs", {"emotion-compct": {"dropout": {"low": 0, "high": 0.5}}})
     assert complaint(load, raw) == (
-        "sweep.jobs.emotion-residul: train.jobs has no such job (did you mean 'emotion-residual'?)"
+        "sweep.jobs.emotion-compct: train.jobs has no such job (did you mean 'emotion-compact'?)"
     )
 
 
 def test_a_range_has_known_keys_and_more_than_one_choice(load: Load) -> None:
-    key = "sweep.jobs.emotion-residual.batch"
+    key = "sweep.jobs.emotion-compact.batch"
     said = complaint(load, changed(key, {"low": 8, "hihg": 16}))
     assert said == f"{key}.hihg: unknown key (did you mean 'high'?)"
     assert complaint(load, changed(key, {"choices": [8]})).startswith(f"{key}.choices: ")

@@ -51,8 +51,8 @@ def test_one_row_for_each_result(copy, capsys):
     for task in ("emotion", "landmarks"):
         mine = {row["what"]: row for row in rows if row["task"] == task}
         assert list(mine) == [
-            "residual (of 2), validation",
-            "residual (of 2), test",
+            "compact (of 2), validation",
+            "compact (of 2), test",
             *[row for row in mine if row in DEPLOYABLES],
             "tensorrt/int8.sm89.engine",
         ]
@@ -60,14 +60,14 @@ def test_one_row_for_each_result(copy, capsys):
         assert mine["tensorrt/int8.sm89.engine"]["verdict"] == "not run"
         assert all(mine[name]["verdict"] == "ok" for name in DEPLOYABLES)
     printed = capsys.readouterr().out
-    for name in (*DEPLOYABLES, "residual (of 2), validation", "tensorrt/int8.sm89.engine"):
+    for name in (*DEPLOYABLES, "compact (of 2), validation", "tensorrt/int8.sm89.engine"):
         assert name in printed  # not cut off
 
 
 def test_figures_are_those_of_their_side(copy):
     reports = copy.root / "reports"
     change(
-        reports / "evaluate" / "emotion" / "residual" / "scores.json",
+        reports / "evaluate" / "emotion" / "compact" / "scores.json",
         accuracy=0.51236,
         ci95={"accuracy": [0.4, 0.6]},
     )
@@ -82,10 +82,10 @@ def test_figures_are_those_of_their_side(copy):
     copy.call(report.main)
     table = table_of((reports / "report" / "results.md").read_text())
     found = {(row["task"], row["what"]): row for row in table}
-    validation = found["emotion", "residual (of 2), validation"]
+    validation = found["emotion", "compact (of 2), validation"]
     assert validation["metric"] == "accuracy 51.24%"
     assert validation["95 % interval"] == "40.00% – 60.00%"
-    test = found["landmarks", "residual (of 2), test"]
+    test = found["landmarks", "compact (of 2), test"]
     assert test["metric"] == "NME 7.11%"
     assert test["95 % interval"] == "7.00% – 8.00%"
     int8 = found["emotion", "tflite/int8"]
@@ -146,7 +146,7 @@ def test_the_page_has_everything_but_faces(copy):
     assert "/home/me" not in text + (page / "results.json").read_text()
     everything = json.loads((page / "results.json").read_text())
     assert everything["emotion"]["blessing"]["blessed"] is True
-    assert everything["landmarks"]["validation"].keys() == {"plain", "residual"}
+    assert everything["landmarks"]["validation"].keys() == {"plain", "compact"}
     pictures = {path.name for path in page.glob("*.png")}
     assert {"emotion-test-confusion.png", "landmarks-plain-ced.png"} <= pictures
     assert not any("worst" in name for name in pictures)

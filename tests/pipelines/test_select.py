@@ -107,14 +107,14 @@ def test_the_better_model_becomes_the_candidate(selected, task):
     report = json.loads((root / "reports" / "select" / f"{task}.json").read_text())
     values = {
         name: json.loads((root / f"reports/evaluate/{task}/{name}/scores.json").read_text())
-        for name in ("plain", "residual")
+        for name in ("plain", "compact")
     }
     metric = {"emotion": "accuracy", "landmarks": "nme_interocular"}[task]
     best = (max if task == "emotion" else min)(values, key=lambda name: values[name][metric])
-    assert best == "residual"
+    assert best == "compact"
     assert (report["task"], report["candidate"], report["metric"]) == (task, best, metric)
     assert report["value"] == values[best][metric]
-    assert [row["model"] for row in report["ranking"]] == ["residual", "plain"]
+    assert [row["model"] for row in report["ranking"]] == ["compact", "plain"]
     assert report["lead_ci95"].keys() == {"plain"}
     sign = 1 if task == "emotion" else -1
     assert all(sign * bound > 0 for bound in report["lead_ci95"]["plain"])
@@ -148,15 +148,15 @@ def test_test_faces_are_not_needed_and_test_scores_not_read(selected, tmp_path):
 def test_a_model_that_left_the_parameters_is_not_chosen(selected, tmp_path):
     here = copied(selected, tmp_path, "runs", "reports/evaluate", "data/augment", "data/split")
     former = tmp_path / "reports" / "evaluate" / "emotion" / "former"
-    shutil.copytree(former.with_name("residual"), former)
+    shutil.copytree(former.with_name("compact"), former)
     better = json.loads((former / "scores.json").read_text()) | {"accuracy": 1.0}
     (former / "scores.json").write_text(json.dumps(better))
     here.call(select.main, "--task", "emotion")
     report = json.loads((tmp_path / "reports" / "select" / "emotion.json").read_text())
-    assert report["candidate"] == "residual"
+    assert report["candidate"] == "compact"
 
 
 def test_nothing_evaluated(selected, tmp_path):
     here = copied(selected, tmp_path)
-    with pytest.raises(GrimaceError, match="no scores of plain, residual; run `dvc repro evaluate"):
+    with pytest.raises(GrimaceError, match="no scores of compact, plain; run `dvc repro evaluate"):
         here.call(select.main, "--task", "emotion")

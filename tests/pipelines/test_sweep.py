@@ -74,7 +74,7 @@ def test_a_plan_is_the_job_on_fewer_epochs_and_can_be_written_down() -> None:
         True,
     )
     assert found.epochs == 4
-    assert found.params.train.jobs["emotion-plain"].epochs == {"default": 4}
+    assert found.params.train.jobs["emotion-plain"].epochs == 4
     assert Plan.model_validate_json(found.model_dump_json()) == found
 
 
@@ -95,8 +95,8 @@ def test_mistakes_are_told() -> None:
     params = load_params()
     with pytest.raises(GrimaceError, match=r"train\.jobs .* no 'emotion-plane' \(did you mean"):
         make_plan("emotion-plane", params)
-    with pytest.raises(GrimaceError, match=r"sweep\.jobs .* no 'emotion-residual'.*emotion-plain"):
-        make_plan("emotion-residual", params)
+    with pytest.raises(GrimaceError, match=r"sweep\.jobs .* no 'emotion-compact'.*emotion-plain"):
+        make_plan("emotion-compact", params)
     with pytest.raises(GrimaceError, match="cannot be so: dropout: input should be less than 1"):
         with_job(params, "emotion-plain", {"dropout": 1.5})
     with pytest.raises(GrimaceError, match="'f1_macro' is not measured after every epoch"):
@@ -176,27 +176,30 @@ def test_the_best_values_go_into_params_and_nothing_else_changes() -> None:
     assert sum("#" in line for line in lines) > 20
     Path("params.yaml").write_text(text)
     values = {"learning_rate": 1.25e-05, "widths": [8, 16], "optimizer": "adamw", "batch": 32}
-    overlay = {"train": {"jobs": {"emotion-plain": values}}}
+    overlay = {"train": {"jobs": {"emotion-plain": {"by_dataset": {"synthetic": values}}}}}
     Path("best.yaml").write_text(yaml.safe_dump(overlay, sort_keys=False))
     changed = apply(Path("best.yaml"))
-    assert changed == {f"train.jobs.emotion-plain.{field}": v for field, v in values.items()}
+    place = "train.jobs.emotion-plain.by_dataset.synthetic"
+    assert changed == {f"{place}.{field}": value for field, value in values.items()}
     after = Path("params.yaml").read_text().splitlines()
     assert len(after) == len(lines)
-    new = [after[i] for i in range(len(lines)) if after[i] != lines[i]]
-    assert sorted(line.strip() for line in new) == [
-        "batch: 32",
-        "learning_rate: 1.25e-05",
-        "optimizer: adamw",
-        "widths: [8, 16]",
-    ]
+    (new,) = [after[i] for i in range(len(lines)) if after[i] != lines[i]]
+    told = "learning_rate: 1.25e-05, widths: [8, 16], optimizer: adamw, batch: 32"
+    assert new.strip() == "by_dataset: {synthetic: {epochs: 12, " + told + "}}"
     job = load_params().train.jobs["emotion-plain"]
-    assert (job.learning_rate, job.widths, job.batch) == (1.25e-05, (8, 16), 32)
+    drawn, real = job.at("synthetic"), job.at("fer2013")
+    assert (drawn.learning_rate, drawn.widths, drawn.batch) == (1.25e-05, (8, 16), 32)
+    assert (real.learning_rate, real.batch, real.epochs) == (0.05, 64, 15)
 
 
 @pytest.mark.parametrize(
     ("job", "value", "said"),
     [
-        ("emotion-plain", 1.5, r"params\.yaml would not .*: train\.jobs\.emotion-plain\.dropout: "),
+        (
+            "emotion-plain",
+            1.5,
+            r"params\.yaml would not .*: train\.jobs\.emotion-plain: .*dropout: ",
+        ),
         ("emotion-gone", 0.1, "for the job emotion-gone, which params.yaml does not have"),
     ],
 )
@@ -204,7 +207,7 @@ def test_params_stay_as_they_are_where_the_values_do_not_fit(
     job: str, value: float, said: str
 ) -> None:
     before = Path("params.yaml").read_bytes()
-    overlay = {"train": {"jobs": {job: {"dropout": value}}}}
+    overlay = {"train": {"jobs": {job: {"by_dataset": {"synthetic": {"dropout": value}}}}}}
     Path("best.yaml").write_text(yaml.safe_dump(overlay))
     with pytest.raises(GrimaceError, match=said):
         apply(Path("best.yaml"))
@@ -221,10 +224,10 @@ def test_the_command_for_dvc_sets_the_same_values() -> None:
     from dvc.utils.hydra import apply_overrides
 
     values = {"learning_rate": 1e-05, "widths": [8, 16], "optimizer": "adamw", "batch": 32}
-    command = take_over("emotion-plain", values).splitlines()[1]
+    command = take_over("emotion-plain", "fer2013", values).splitlines()[1]
     words = [word.strip("'") for word in command.partition("dvc exp run ")[2].split(" ")]
     assert words[::2] == ["-S"] * 4
-    overlay = {"train": {"jobs": {"emotion-plain": values}}}
+    overlay = {"train": {"jobs": {"emotion-plain": {"by_dataset": {"fer2013": values}}}}}
     Path("best.yaml").write_text(yaml.safe_dump(overlay))
     before = Path("params.yaml").read_bytes()
     apply(Path("best.yaml"))
@@ -245,7 +248,8 @@ def test_the_overlay_says_what_it_stands_for() -> None:
     text = Path("sweeps/emotion-plain/best.yaml").read_text()
     assert text.startswith(f"# Study {what.study}, 4 epochs a trial: val_accuracy 0.5000")
     best = tried(what, study)[1]
-    assert yaml.safe_load(text) == {"train": {"jobs": {"emotion-plain": best}}}
+    found = {"by_dataset": {"synthetic": best}}
+    assert yaml.safe_load(text) == {"train": {"jobs": {"emotion-plain": found}}}
     rows = json.loads(Path("sweeps/emotion-plain/trials.json").read_text())
     assert rows == table(what, study)
     assert [row["val_accuracy"] for row in rows] == [0.3, 0.5, 0.2]

@@ -33,7 +33,8 @@ SETTINGS = {
     "dropout": 0.3,
     "batch": 8,
     "learning_rate": 0.1,
-    "epochs": {"default": 9, "synthetic": EPOCHS},
+    "epochs": 9,
+    "by_dataset": {"synthetic": {"epochs": EPOCHS}},
     "precision": "float32",
 }
 
