@@ -199,7 +199,8 @@ def _facts(name: str, job: Job, folder: Path) -> dict[str, Any]:
     from pipelines.schedules import best_epoch
 
     history = pd.read_csv(folder / "history.csv")
-    best = best_epoch(history.to_dict("records"), job.task)  # type: ignore[arg-type]
+    rows = [{str(key): value for key, value in row.items()} for row in history.to_dict("records")]
+    best = best_epoch(rows, job.task)
     column = {"accuracy": "val_accuracy", "nme_interocular": "val_nme"}[DECIDES[job.task]]
     meta = json.loads(Path("data/augment", job.task, "meta.json").read_text())
     images = meta["counts"]["train"] * len(history)
@@ -240,10 +241,10 @@ def save(out: Path, stem: str, answers: Answers, faces: "Faces", facts: dict[str
     """Write STEM.npz and, when that is whole, STEM.json."""
     folder = out / "answers"
     folder.mkdir(parents=True, exist_ok=True)
-    truth = {} if faces.emotions is None else {"truth": faces.emotions.astype(np.int8)}
-    np.savez_compressed(
-        folder / f"{stem}.npz", ids=faces.ids, groups=faces.groups, **truth, **answers
-    )  # type: ignore[arg-type]
+    arrays: dict[str, Any] = {"ids": faces.ids, "groups": faces.groups, **answers}
+    if faces.emotions is not None:
+        arrays["truth"] = faces.emotions.astype(np.int8)
+    np.savez_compressed(folder / f"{stem}.npz", **arrays)
     partial = folder / f"{stem}.partial"
     partial.write_text(json.dumps(facts, indent=2) + "\n")
     partial.replace(folder / f"{stem}.json")

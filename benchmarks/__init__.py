@@ -1,0 +1,1 @@
+"""Measurements that are no stage: speed, and what the project is compared with."""
