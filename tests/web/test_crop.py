@@ -42,9 +42,7 @@ def cropped_by_page(pixels: np.ndarray, channels: int, jobs: list, folder: Path)
     flat = np.frombuffer(done.stdout, np.uint8)
     ends = np.cumsum([size * size * channels for _, size in jobs])
     parts = np.split(flat, ends[:-1])
-    return [
-        part.reshape(size, size, channels) for part, (_, size) in zip(parts, jobs, strict=True)
-    ]
+    return [part.reshape(size, size, channels) for part, (_, size) in zip(parts, jobs, strict=True)]
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +55,9 @@ def picture() -> np.ndarray:
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_the_page_crops_as_training_does(picture, channels, tmp_path):
-    mode = np.asarray(Image.fromarray(picture).convert("L"))[..., None] if channels == 1 else picture
+    mode = (
+        np.asarray(Image.fromarray(picture).convert("L"))[..., None] if channels == 1 else picture
+    )
     crops = cropped_by_page(picture, channels, JOBS, tmp_path)
     for (box, size), ours in zip(JOBS, crops, strict=True):
         theirs = crop(mode, box, size)

@@ -43,13 +43,17 @@ const CAMERA_ERRORS = {
 export async function openFile(file) {
   if (file.size === 0) throw new SourceError(`${file.name} is empty.`);
   const url = URL.createObjectURL(file);
+  const isVideo = file.type.startsWith("video/");
   try {
-    const source = file.type.startsWith("video/") ? await openVideo(url) : await openPicture(url);
+    const source = isVideo ? await openVideo(url) : await openPicture(url);
+    if (!source.still) return source;
     if (await isAnimated(file)) source.note = "Animated: the first frame is shown.";
-    return { ...source, stop: () => (source.stop(), URL.revokeObjectURL(url)) };
+    if (await isCut(file)) source.note = `${file.name} is cut off: part of the picture is missing.`;
+    return source;
   } catch {
-    URL.revokeObjectURL(url);
     throw new SourceError(`${file.name} cannot be read: it is damaged, or in a format this browser does not know.`);
+  } finally {
+    if (!isVideo) URL.revokeObjectURL(url);
   }
 }
 
@@ -65,13 +69,14 @@ export async function openPicture(url) {
   context.fillStyle = "white"; // behind what is transparent
   context.fillRect(0, 0, width, height);
   context.drawImage(image, 0, 0, width, height);
+  const isSmaller = image.naturalWidth > width;
   image.src = ""; // the full-size pixels are not needed any more
   let frame = 0;
   return {
     kind: "picture",
     still: true,
     mirrored: false,
-    note: image.naturalWidth > width ? "A very large picture: worked on at a smaller size." : "",
+    note: isSmaller ? "A very large picture: worked on at a smaller size." : "",
     width,
     height,
     draw: (target, w, h) => target.drawImage(canvas, 0, 0, w, h),
@@ -86,6 +91,7 @@ async function openVideo(url) {
     ...sourceOf(video, "video", LONGEST_VIDEO),
     stop() {
       video.pause();
+      URL.revokeObjectURL(url);
       video.removeAttribute("src");
       video.load();
     },
@@ -136,4 +142,12 @@ async function isAnimated(file) {
   } finally {
     decoder.close();
   }
+}
+
+/** Whether a picture lacks its end: browsers show what there is of it and say nothing. */
+async function isCut(file) {
+  const ends = { "image/png": [0x49, 0x45, 0x4e, 0x44], "image/jpeg": [0xff, 0xd9] }[file.type];
+  if (!ends) return false;
+  const tail = new Uint8Array(await file.slice(-65536).arrayBuffer()); // cameras append things
+  return !tail.some((_, i) => ends.every((byte, j) => tail[i + j] === byte));
 }
