@@ -217,7 +217,8 @@ def pictures_of(folder: Path, once: bool) -> Iterator[Frame]:
 def _capture(camera: int | None, video: Path | None) -> cv2.VideoCapture:
     if video is not None and not video.is_file():
         raise GrimaceError(f"{video} does not exist")
-    cv2.setLogLevel(0)  # what goes wrong is said below
+    # What goes wrong is said below.
+    cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
     capture = cv2.VideoCapture(camera) if camera is not None else cv2.VideoCapture(str(video))
     if capture.isOpened():
         return capture

@@ -146,12 +146,14 @@ export function drawMask(context, points) {
 
   const chin = at(8);
   const brows = middle(at(19), at(24));
-  const up = [brows[0] - chin[0], brows[1] - chin[1]];
-  // The points end at the brows; a forehead is added that far above them.
-  const crown = (i, share) => [at(i)[0] + up[0] * share, at(i)[1] + up[1] * share];
-  const head = [...span(0, 16).map(at), crown(26, 0.2), crown(24, 0.33), crown(19, 0.33), crown(17, 0.2)];
+  // The points end at the brows: half an ellipse over the temples makes a forehead.
+  const centre = middle(at(0), at(16));
+  const across = [(at(16)[0] - at(0)[0]) / 2, (at(16)[1] - at(0)[1]) / 2];
+  const crown = [brows[0] + (brows[0] - chin[0]) * 0.35, brows[1] + (brows[1] - chin[1]) * 0.35];
+  const arc = (t) => [0, 1].map((k) => centre[k] + across[k] * Math.cos(t) + (crown[k] - centre[k]) * Math.sin(t));
+  const head = [...span(0, 16).map(at), ...span(1, 7).map((i) => arc((i * Math.PI) / 8))];
   const shape = trace(head, true);
-  const shade = context.createLinearGradient(...crown(24, 0.35), ...chin);
+  const shade = context.createLinearGradient(...crown, ...chin);
   shade.addColorStop(0, "#ffd964");
   shade.addColorStop(1, "#f5a623");
   context.shadowColor = "rgb(0 0 0 / 0.3)";
