@@ -9,7 +9,7 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 from pipelines.datasets.example import Box
 
@@ -123,14 +123,13 @@ def draw_box(picture: np.ndarray, box: Box, text: str) -> None:
 
 def write(picture: np.ndarray, text: str, place: tuple[int, int], scale: float = 0.6) -> None:
     """Write a line on a yellow ground that ends above `place`, inside the picture, in place."""
-    scale = max(0.4, scale)
-    thickness = max(1, round(scale * 1.6))
-    font = cv2.FONT_HERSHEY_SIMPLEX
-    (width, height), below = cv2.getTextSize(text, font, scale, thickness)
-    pad = height // 2
-    left = max(0, min(place[0], picture.shape[1] - width - 2 * pad))
-    bottom = max(height + below + pad, place[1])
-    corner = (left + width + 2 * pad, bottom)
-    cv2.rectangle(picture, (left, bottom - height - below - pad), corner, SUN, cv2.FILLED)
-    origin = (left + pad, bottom - below - pad // 4)
-    cv2.putText(picture, text, origin, font, scale, INK, thickness, cv2.LINE_AA)
+    size = max(12, round(30 * scale))
+    font = ImageFont.load_default(size)  # carried by Pillow itself
+    pad = size // 3
+    width = min(round(font.getlength(text)) + 2 * pad, picture.shape[1])
+    height = min(size + 2 * pad, picture.shape[0])
+    sign = Image.new("RGB", (width, height), SUN)
+    ImageDraw.Draw(sign).text((pad, height // 2), text, INK, font, anchor="lm")
+    left = max(0, min(place[0], picture.shape[1] - width))
+    bottom = max(height, min(place[1], picture.shape[0]))
+    picture[bottom - height : bottom, left : left + width] = np.asarray(sign)
