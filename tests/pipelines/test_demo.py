@@ -1,9 +1,11 @@
 """The demo on pictures, folders, videos and bad input, with the models that come along."""
 
+import shutil
 import subprocess
 import sys
 from argparse import Namespace
 from collections.abc import Callable
+from itertools import count
 from pathlib import Path
 
 import cv2
@@ -369,3 +371,40 @@ def test_the_demo_loads_nothing_heavy():
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.skipif(not shutil.which("Xvfb"), reason="a window needs a screen")
+def test_the_window_passes_keys_on_and_closes(monkeypatch):
+    import tkinter
+
+    from pipelines.window import show_frames
+
+    screen = subprocess.Popen(["Xvfb", "-displayfd", "1"], stdout=subprocess.PIPE, text=True)
+    monkeypatch.setenv("DISPLAY", f":{screen.stdout.readline().strip()}")
+    pressed = []
+
+    def type_keys(root: tkinter.Tk) -> None:
+        root.focus_force()
+        root.update()
+        for i, key in enumerate(("h", "f", "2", "Escape")):
+            root.after(20 * i, lambda key=key: root.event_generate(f"<Key-{key}>"))
+
+    def frames():
+        for i in count():
+            if i == 3:
+                root = tkinter._default_root
+                root.after(1, type_keys, root)
+            yield demo.Frame(np.zeros((60, 80, 3), np.uint8))
+
+    def failing():
+        yield demo.Frame(np.zeros((60, 80, 3), np.uint8))
+        raise GrimaceError("broken")
+
+    try:
+        show_frames(frames(), lambda key: pressed.append(key) or True, 0.01)
+        assert pressed == ["h", "2"]  # full screen and the end are the window's own
+        with pytest.raises(GrimaceError, match="broken"):
+            show_frames(failing(), lambda key: True, 0.01)
+    finally:
+        screen.kill()
+        screen.wait()

@@ -4,6 +4,7 @@ import io
 import re
 from itertools import pairwise
 
+import cv2
 import numpy as np
 import pytest
 from PIL import Image
@@ -27,7 +28,7 @@ def faces(page: Page) -> list[dict]:
 
 
 def show(page: Page, name: str, content: bytes) -> None:
-    kind = {"jpg": "image/jpeg", "mp4": "video/mp4", "txt": "text/plain"}
+    kind = {"jpg": "image/jpeg", "mp4": "video/mp4", "webm": "video/webm", "txt": "text/plain"}
     ending = name.rsplit(".", maxsplit=1)[-1]
     file = {"name": name, "mimeType": kind.get(ending, f"image/{ending}"), "buffer": content}
     page.evaluate("delete document.body.dataset.frames; delete document.body.dataset.source")
@@ -250,3 +251,16 @@ def test_nothing_sticks_out(page):
         for tab in ("mirror", "call"):
             page.click(f"[data-tab={tab}]")
             assert page.evaluate("document.documentElement.scrollWidth") <= width, (width, tab)
+
+
+def test_a_video_is_played_again_and_again(page, tmp_path):
+    path = tmp_path / "face.webm"
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*"VP80"), 15.0, (400, 400))
+    face = np.asarray(drawn())[..., ::-1]
+    for _ in range(8):
+        writer.write(face)
+    writer.release()
+    show(page, "face.webm", path.read_bytes())
+    page.wait_for_function("document.body.dataset.frames > 12")  # more than it has
+    assert len(faces(page)) == 1
+    expect(page.locator("#stop")).to_be_visible()
