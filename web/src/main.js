@@ -25,6 +25,7 @@ let source = null;
 let labels = LABELS;
 let last = { tracks: [], time: 0 };
 let rate = 0;
+const speed = { written: 0 };
 let generation = 0; // of the source: what was begun for an older one is dropped
 
 async function main() {
@@ -37,6 +38,7 @@ async function main() {
     for (const task of ["emotion", "landmarks"]) await offer(task, index.filter((entry) => entry.task === task));
     say("");
     document.body.dataset.ready = "true";
+    refresh();
     keepOffline(index);
   } catch (error) {
     say(error.message, true);
@@ -129,10 +131,10 @@ async function tick(time, current) {
 }
 
 async function step(time, current) {
-  if (!analyser) return;
-  const { still, mirrored, width, height } = source;
+  const { still, width, height } = source;
   const begun = performance.now();
   source.draw(frame, width, height);
+  if (!analyser) return render(); // the models are still on their way
   const pixels = frame.getImageData(0, 0, width, height);
   let result;
   try {
@@ -150,7 +152,8 @@ async function step(time, current) {
   const tracks = tracker.update(result.faces, time);
   last = { tracks, time };
   render();
-  showSpeed({ rate: still ? 0 : rate, elapsed, times: result.times, faces: result.faces.length });
+  calm({ rate: still ? 0 : rate, elapsed, ...result.times }, alone);
+  showSpeed(result.faces.length);
   const biggest = largest(tracks);
   showFace(biggest);
   $("stage-note").textContent = result.faces.length ? "" : "No face in view";
@@ -212,13 +215,23 @@ function bar(name) {
   return row;
 }
 
-function showSpeed(speed) {
+/** Average the figures over the last frames, or begin anew. */
+function calm(now, anew) {
+  for (const [key, value] of Object.entries(now)) {
+    speed[key] = anew ? value : speed[key] + (value - speed[key]) * 0.1;
+  }
+}
+
+function showSpeed(faces) {
+  const now = performance.now();
+  if (faces !== null && !source.still && now - speed.written < 250) return; // legible
+  speed.written = now;
   const text = (id, value) => ($(id).textContent = value);
-  const ms = (value) => (value ? `${value.toFixed(1)} ms` : "–");
-  text("rate", speed?.rate ? speed.rate.toFixed(0) : "–");
-  text("latency", speed ? speed.elapsed.toFixed(speed.elapsed < 10 ? 1 : 0) : "–");
-  text("faces", speed ? speed.faces : "–");
-  for (const stage of ["detect", "landmarks", "emotion"]) text(`ms-${stage}`, ms(speed?.times[stage]));
+  const ms = (value) => (faces !== null && value ? `${value.toFixed(1)} ms` : "–");
+  text("rate", faces !== null && speed.rate ? speed.rate.toFixed(0) : "–");
+  text("latency", faces !== null ? speed.elapsed.toFixed(speed.elapsed < 10 ? 1 : 0) : "–");
+  text("faces", faces ?? "–");
+  for (const stage of ["detect", "landmarks", "emotion"]) text(`ms-${stage}`, ms(speed[stage]));
 }
 
 function say(text, isError = false) {
@@ -352,6 +365,7 @@ function wire() {
     await navigator.clipboard?.writeText($("mine").value).catch(() => {});
   };
   $("hang-up").onclick = () => call.hangUp();
+  addEventListener("pagehide", () => call.hangUp());
   showFace(null);
   showSpeed(null);
 }
