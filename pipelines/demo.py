@@ -24,10 +24,10 @@ from PIL import Image
 from tqdm import tqdm
 
 from pipelines import overlay
-from pipelines.bundles import Model, open_models
 from pipelines.cli import GrimaceError, run
 from pipelines.crops import UnreadableImageError, decode
 from pipelines.detectors import DETECTORS, find_faces
+from pipelines.lite import Model, open_models
 from pipelines.smoothing import Seen, tracker
 
 LONGEST = 2048  # pixels of a picture's longer side; larger ones are made smaller first

@@ -13,8 +13,8 @@ from pathlib import Path
 from shutil import copyfile
 from typing import Any
 
-from pipelines.bundles import MODELS, framing
 from pipelines.cli import GrimaceError, run, whole_folder
+from pipelines.lite import MODELS, framing
 from pipelines.tracking import sha256
 
 RUNTIMES = {"tflite": "litert", "tfjs": "tfjs"}

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipelines import bundles, demo, overlay, web
+from pipelines import demo, lite, overlay, web
 from pipelines.cli import GrimaceError
 from pipelines.datasets.example import Box
 from pipelines.datasets.faces import render
@@ -32,8 +32,8 @@ def drawn(index: int = 93, side: int = 400) -> Image.Image:
 
 
 @pytest.fixture(scope="module")
-def models() -> dict[str, bundles.Model]:
-    return bundles.open_models([])
+def models() -> dict[str, lite.Model]:
+    return lite.open_models([])
 
 
 @pytest.fixture
@@ -100,7 +100,7 @@ def test_a_models_framing_is_applied(models):
         input_shape=(48, 48, 1),
         predict=lambda images: looked_at.append(images) or np.full((1, 7), 1 / 7),
     )
-    raised = bundles.Model("emotion", "int8", 0.25, 0.5, model.labels, runtime)
+    raised = lite.Model("emotion", "int8", 0.25, 0.5, model.labels, runtime)
     ramp = np.tile(np.arange(200, dtype=np.uint8)[:, None, None], (1, 200, 3))
     raised.answer(ramp, Box(59.5, 59.5, 99.5, 99.5))
     # 40 wide, a quarter more on every side, half a side up: rows 29.5 to 89.5.
@@ -319,10 +319,10 @@ def test_a_score_is_kept_and_eyes_stand_in_order():
 
 def test_a_bundle_beside_its_manifest_opens(tmp_path):
     index = web.publish(_deploy(tmp_path), tmp_path / "models")
-    opened = bundles.open_models([], tmp_path / "models")
+    opened = lite.open_models([], tmp_path / "models")
     assert opened.keys() == {"emotion"} and opened["emotion"].margin == 0.06  # FER's own framing
     assert [entry["runtime"] for entry in index] == ["litert"]
-    direct = bundles.open_models([str(tmp_path / "deploy/emotion/tflite/int8.tflite")])
+    direct = lite.open_models([str(tmp_path / "deploy/emotion/tflite/int8.tflite")])
     assert direct["emotion"].up == 0.14
 
 
@@ -346,8 +346,8 @@ def _deploy(folder: Path) -> Path:
     import hashlib
     import json
 
-    content = (bundles.MODELS / "emotion/tflite/int8.tflite").read_bytes()
-    entries = json.loads((bundles.MODELS / "index.json").read_text())["models"]
+    content = (lite.MODELS / "emotion/tflite/int8.tflite").read_bytes()
+    entries = json.loads((lite.MODELS / "index.json").read_text())["models"]
     entry = next(e for e in entries if e["path"] == "emotion/tflite/int8.tflite")
     bundle = folder / "deploy" / "emotion" / "tflite"
     bundle.mkdir(parents=True)

@@ -11,7 +11,7 @@ from PIL import Image
 from playwright.sync_api import Page, expect
 
 from models.schemes import EMOTIONS
-from pipelines import bundles, demo
+from pipelines import demo, lite
 from pipelines.datasets.faces import render
 from tests.web.conftest import WEB
 
@@ -52,7 +52,7 @@ def drawn(index: int = 93, side: int = 400) -> Image.Image:
 def test_a_picture_gives_what_the_demo_gives(page):
     page.click(".welcome [data-do=sample]")
     page.wait_for_function("document.body.dataset.frames > 0")
-    models = bundles.open_models(["int8"])
+    models = lite.open_models(["int8"])
     theirs = demo.analyse(demo.read_picture(SAMPLE), models, "blazeface")
     ours = faces(page)
     assert len(ours) == len(theirs) == 6
