@@ -45,7 +45,7 @@ export function createEncoder() {
 }
 
 /**
- * @returns {(bytes: Uint8Array) => {face: object | null, emotion: number} | undefined} decodes a
+ * @returns {(bytes: Uint8Array) => {face: object | null} | undefined} decodes a
  *   frame into what was encoded; undefined where a frame before it is missing, until the next key.
  */
 export function createDecoder() {

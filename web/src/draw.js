@@ -38,7 +38,7 @@ export function drawTracks(context, tracks, { shown, mirrored, emoji, labels, ti
   for (const track of tracks) {
     const face = mirrored ? flip(track, width) : track;
     const label = labels[track.label];
-    if (shown.emoji && label) drawEmoji(context, face, emoji, labels, time, mirrored);
+    if (shown.emoji && label) drawEmoji(context, face, emoji, labels, time);
     if (shown.points && face.points) drawPoints(context, face.points, lineWidth(face.box));
     if (shown.box) drawBox(context, face, label, track.probabilities?.[track.label]);
   }
@@ -135,7 +135,6 @@ export function drawMask(context, points) {
   const at = (i) => [points[2 * i], points[2 * i + 1]];
   const middle = (a, b) => [(a[0] + b[0]) / 2, (a[1] + b[1]) / 2];
   const unit = Math.hypot(at(16)[0] - at(0)[0], at(16)[1] - at(0)[1]) || 1;
-  const trace = (list, closed) => smoothPath(list, closed);
   const fill = (path, style) => ((context.fillStyle = style), context.fill(path));
   const stroke = (path, style, width) => {
     Object.assign(context, { strokeStyle: style, lineWidth: width * unit });
@@ -152,7 +151,7 @@ export function drawMask(context, points) {
   const crown = [brows[0] + (brows[0] - chin[0]) * 0.35, brows[1] + (brows[1] - chin[1]) * 0.35];
   const arc = (t) => [0, 1].map((k) => centre[k] + across[k] * Math.cos(t) + (crown[k] - centre[k]) * Math.sin(t));
   const head = [...span(0, 16).map(at), ...span(1, 7).map((i) => arc((i * Math.PI) / 8))];
-  const shape = trace(head, true);
+  const shape = smoothPath(head, true);
   const shade = context.createLinearGradient(...crown, ...chin);
   shade.addColorStop(0, "#ffd964");
   shade.addColorStop(1, "#f5a623");
@@ -162,9 +161,9 @@ export function drawMask(context, points) {
   fill(shape, shade);
   context.shadowColor = "transparent";
 
-  for (const [first, last] of [[17, 21], [22, 26]]) stroke(trace(span(first, last).map(at)), "#6b4210", 0.035);
+  for (const [first, last] of [[17, 21], [22, 26]]) stroke(smoothPath(span(first, last).map(at)), "#6b4210", 0.035);
   for (const first of [36, 42]) {
-    const lid = trace(span(first, first + 5).map(at), true);
+    const lid = smoothPath(span(first, first + 5).map(at), true);
     fill(lid, "#fffdf5");
     context.save();
     context.clip(lid);
@@ -177,10 +176,10 @@ export function drawMask(context, points) {
     context.restore();
     stroke(lid, "#6b4210", 0.012);
   }
-  stroke(trace(span(28, 30).map(at)), "rgb(150 90 10 / 0.35)", 0.02);
-  stroke(trace(span(31, 35).map(at)), "#a5681b", 0.022);
-  fill(trace(span(48, 59).map(at), true), "#cf4a3c");
-  fill(trace(span(60, 67).map(at), true), "#5c1512");
+  stroke(smoothPath(span(28, 30).map(at)), "rgb(150 90 10 / 0.35)", 0.02);
+  stroke(smoothPath(span(31, 35).map(at)), "#a5681b", 0.022);
+  fill(smoothPath(span(48, 59).map(at), true), "#cf4a3c");
+  fill(smoothPath(span(60, 67).map(at), true), "#5c1512");
   context.restore();
 }
 

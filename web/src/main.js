@@ -103,7 +103,10 @@ async function start(open) {
   $("stop").hidden = source.still;
   say(source.note);
   if (source.still) refresh();
-  else source.next((time) => tick(time, generation));
+  else {
+    const current = generation; // not what it will be when the frame comes
+    source.next((time) => tick(time, current));
+  }
 }
 
 function stop() {
@@ -140,6 +143,7 @@ async function step(time, current) {
   try {
     result = await analyser.analyse(pixels, still);
   } catch (error) {
+    if (current !== generation) return;
     say(`The models failed on this picture: ${error.message ?? error}`, true);
     stop();
     return;
@@ -246,7 +250,6 @@ function say(text, isError = false) {
 const own = $("self").getContext("2d");
 const other = $("other").getContext("2d");
 const call = createCall(showState, showOther);
-let otherSeen = false;
 let counted = { time: 0 };
 setInterval(showTraffic, 1000);
 
@@ -269,7 +272,6 @@ function showOther(face) {
   const { width } = other.canvas;
   if (face) other.canvas.height = Math.round(width * face.aspect);
   else other.clearRect(0, 0, width, other.canvas.height);
-  otherSeen = face !== null;
   $("other-note").textContent = face ? "" : "The other side shows no face";
   if (!face || face.points.length !== 136) return;
   other.save();

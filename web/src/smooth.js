@@ -15,25 +15,22 @@ const SETTLE = 0.18; // seconds, time constant of the probabilities
  * @param {number} beta how much the cutoff rises, per unit of speed
  */
 export function oneEuro(cutoff, beta, speedCutoff = 1) {
-  let last = null;
+  let last = new Float32Array(0);
   let speeds;
   let before;
   const share = (hertz, seconds) => 1 / (1 + 1 / (2 * Math.PI * hertz * seconds));
   return function filter(values, time, unit = 1) {
-    const seconds = time - before;
-    if (last === null || last.length !== values.length || !(seconds > 0)) {
-      if (last === null || last.length !== values.length) {
-        last = Float32Array.from(values);
-        speeds = new Float32Array(values.length);
-        before = time;
-      }
-      return last.slice();
+    if (last.length !== values.length) {
+      last = Float32Array.from(values);
+      speeds = new Float32Array(values.length);
+      before = time;
     }
+    const seconds = time - before;
+    if (!(seconds > 0)) return last.slice();
     before = time;
     const ease = share(speedCutoff, seconds);
     for (let i = 0; i < values.length; i++) {
-      const speed = (values[i] - last[i]) / unit / seconds;
-      speeds[i] += ease * (speed - speeds[i]);
+      speeds[i] += ease * ((values[i] - last[i]) / unit / seconds - speeds[i]);
       const weight = share(cutoff + beta * Math.abs(speeds[i]), seconds);
       last[i] += weight * (values[i] - last[i]);
     }
