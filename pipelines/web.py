@@ -1,0 +1,120 @@
+"""Put a task's bundles where the page and the demo find them: `web/public/models`.
+
+    python -m pipelines.web                            # all of deploy/
+    python -m pipelines.web --precisions int8 uint8    # the small ones alone
+
+TFLite files are for LiteRT, in the browser and in `python -m pipelines.demo`; TF.js folders are
+for TF.js. `index.json` lists them for the page.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from shutil import copyfile
+from typing import Any
+
+from pipelines.cli import GrimaceError, run, whole_folder
+from pipelines.lite import MODELS, framing
+from pipelines.tracking import sha256
+
+RUNTIMES = {"tflite": "litert", "tfjs": "tfjs"}
+LARGEST = 5 * 2**20  # bytes, of the files of one precision
+PREFERRED = ("int8", "uint8", "float16", "float32")  # the first is what page and demo start with
+
+
+def main() -> None:
+    """Copy the bundles and write the index."""
+    parser = argparse.ArgumentParser(
+        prog="python -m pipelines.web",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--deploy", type=Path, default=Path("deploy"), help="folder of bundles")
+    parser.add_argument("--out", type=Path, default=MODELS, help="folder to write, replaced")
+    parser.add_argument("--precisions", nargs="+", metavar="NAME", help="copy these alone")
+    arguments = parser.parse_args()
+    entries = publish(arguments.deploy, arguments.out, arguments.precisions)
+    for entry in entries:
+        print(f"{arguments.out / entry['path']}: {entry['bytes'] / 2**20:.2f} MiB")
+
+
+def publish(deploy: Path, out: Path, precisions: list[str] | None = None) -> list[dict[str, Any]]:
+    """Copy the TFLite and TF.js bundles of a `deploy` folder, each file checked, and list them.
+
+    Args:
+        deploy: a folder as `export` writes it: TASK/{tflite,tfjs} with a manifest each.
+        out: the folder to write, whole or not at all; what it holds is replaced.
+        precisions: names to copy ("int8"), by default all.
+
+    Returns:
+        What `index.json` lists under "models": for each precision of each bundle its task,
+        runtime, precision, path (the file to open, relative to `out`), files, bytes, and the
+        manifest's input, output and source; `framing` says how its crop lies to the square
+        around a face's points.
+
+    Raises:
+        GrimaceError: no bundles are there, a file is not what its manifest says, or a precision
+            is too large for a page.
+    """
+    entries = []
+    with whole_folder(out) as folder:
+        for manifest_path in sorted(deploy.glob("*/*/manifest.json")):
+            if manifest_path.parent.name in RUNTIMES:
+                entries += _copy(manifest_path, folder, precisions)
+        if not entries:
+            raise GrimaceError(
+                f"{deploy} holds no TFLite or TF.js bundle"
+                + (f" of precision {', '.join(precisions)}" if precisions else "")
+                + "; run `uv run dvc repro`, or name another folder with --deploy"
+            )
+        entries.sort(key=lambda entry: (entry["task"], entry["runtime"], _rank(entry["precision"])))
+        (folder / "index.json").write_text(json.dumps({"models": entries}, indent=1) + "\n")
+    return entries
+
+
+def _rank(precision: str) -> int:
+    return PREFERRED.index(precision) if precision in PREFERRED else len(PREFERRED)
+
+
+def _copy(manifest_path: Path, out: Path, precisions: list[str] | None) -> list[dict[str, Any]]:
+    bundle = manifest_path.parent
+    manifest = json.loads(manifest_path.read_text())
+    place = Path(manifest["task"], bundle.name)
+    checksums = {file["path"]: file["sha256"] for file in manifest["files"]}
+    entries = []
+    for main in sorted(checksums):
+        if not main.endswith((".tflite", "model.json")):
+            continue
+        # float32.tflite, or float32/model.json with its shards
+        precision = Path(main).parts[0].removesuffix(".tflite")
+        if precisions and precision not in precisions:
+            continue
+        files = [path for path in checksums if Path(path).parts[0] in (main, precision)]
+        size = sum((bundle / path).stat().st_size for path in files)
+        if size > LARGEST:
+            raise GrimaceError(
+                f"{bundle / main} has {size / 2**20:.1f} MiB, more than the {LARGEST / 2**20:.0f} "
+                "that a page may load; leave it out with --precisions"
+            )
+        for path in files:
+            if sha256(bundle / path) != checksums[path]:
+                raise GrimaceError(
+                    f"{bundle / path} is not the file that its manifest names; export it again"
+                )
+            (out / place / path).parent.mkdir(parents=True, exist_ok=True)
+            copyfile(bundle / path, out / place / path)
+        entry = {
+            "task": manifest["task"],
+            "runtime": RUNTIMES[bundle.name],
+            "precision": precision,
+            "path": (place / main).as_posix(),
+            "files": [(place / path).as_posix() for path in files],
+            "bytes": size,
+        }
+        told = {key: manifest[key] for key in ("input", "output", "source")}
+        entries.append({**entry, **told, "framing": framing(manifest)})
+    return entries
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,90 @@
+"""A window that shows frames, with keys and full screen: Tk, which comes with Python."""
+
+from collections.abc import Callable, Iterator
+from time import monotonic
+from typing import TYPE_CHECKING
+
+import cv2
+import numpy as np
+from PIL import Image
+
+from pipelines.cli import GrimaceError
+
+if TYPE_CHECKING:
+    from pipelines.demo import Frame
+
+
+def show_frames(frames: "Iterator[Frame]", press: Callable[[str], bool], pause: float) -> None:
+    """Show frames until they end or the window is closed.
+
+    Args:
+        frames: each is asked for when the one before has been shown.
+        press: is told every key but Esc and f, which are the window's own.
+        pause: seconds that each frame stays; a key that meant something brings the next at once.
+
+    Raises:
+        GrimaceError: there is no screen, or this Python has no Tk.
+    """
+    try:
+        import tkinter
+
+        from PIL import ImageTk
+
+        root = tkinter.Tk(className="grimace")
+    except Exception as error:  # a missing library and a missing screen raise different ones
+        raise GrimaceError(
+            f"no window can be opened ({error}); name a file with --out to write instead, or "
+            "install python3-tk"
+        ) from error
+    root.title("Grimace")
+    root.configure(background="black")
+    root.geometry("960x720")
+    label = tkinter.Label(root, background="black", borderwidth=0)
+    label.pack(expand=True, fill="both")
+    errors: list[Exception] = []
+    full_screen = False
+    waiting = ""
+
+    def advance() -> None:
+        nonlocal waiting
+        begun = monotonic()
+        try:
+            frame = next(frames, None)
+        except Exception as error:  # Tk would print it and go on
+            errors.append(error)
+            root.destroy()
+            return
+        if frame is None:
+            root.destroy()
+            return
+        picture = ImageTk.PhotoImage(Image.fromarray(_fitted(frame.rgb, root)))
+        label.configure(image=picture)
+        label.image = picture  # type: ignore[attr-defined] # Tk itself holds no reference
+        spare = pause - (monotonic() - begun)
+        waiting = root.after(max(1, round(spare * 1000)), advance)
+
+    def pressed(event: "tkinter.Event") -> None:
+        nonlocal full_screen, waiting
+        if event.keysym == "Escape":
+            root.destroy()
+        elif event.keysym == "f":
+            full_screen = not full_screen
+            root.attributes("-fullscreen", full_screen)
+        elif press(event.char) and pause and waiting:
+            root.after_cancel(waiting)
+            waiting = root.after(1, advance)
+
+    root.bind("<Key>", pressed)
+    waiting = root.after(1, advance)
+    root.mainloop()
+    if errors:
+        raise errors[0]
+
+
+def _fitted(rgb: np.ndarray, root: "tkinter.Tk") -> np.ndarray:  # type: ignore[name-defined] # noqa: F821
+    """As large as the window allows, in the picture's own proportions."""
+    width, height = max(root.winfo_width(), 64), max(root.winfo_height(), 64)
+    scale = min(width / rgb.shape[1], height / rgb.shape[0])
+    size = (max(1, round(rgb.shape[1] * scale)), max(1, round(rgb.shape[0] * scale)))
+    shrinks = scale < 1
+    return cv2.resize(rgb, size, interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)

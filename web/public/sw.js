@@ -1,0 +1,34 @@
+// Keeps the page usable without a network: fresh from the server where there is one, else as kept.
+
+const KEPT = "grimace";
+
+self.addEventListener("install", () => self.skipWaiting());
+self.addEventListener("activate", (event) => event.waitUntil(self.clients.claim()));
+
+// The page names what it loaded, and what may be chosen later.
+self.addEventListener("message", (event) => {
+  event.waitUntil(keep(event.data).then(() => event.ports[0].postMessage("kept")));
+});
+
+async function keep(urls) {
+  const cache = await caches.open(KEPT);
+  await Promise.all(urls.map((url) => cache.add(url).catch(() => {}))); // one missing spoils no other
+  const wanted = new Set(urls);
+  for (const request of await cache.keys()) if (!wanted.has(request.url)) await cache.delete(request);
+}
+
+self.addEventListener("fetch", (event) => {
+  const { request } = event;
+  const own = new URL(request.url).origin === location.origin;
+  if (own && request.method === "GET") event.respondWith(fresh(request));
+});
+
+async function fresh(request) {
+  try {
+    return await fetch(request);
+  } catch (error) {
+    const kept = await caches.match(request, { ignoreSearch: true });
+    if (kept) return kept;
+    throw error;
+  }
+}
