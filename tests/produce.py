@@ -132,4 +132,9 @@ if __name__ == "__main__":
     for name in ("right", "int8", "validation", "fearful"):
         parser.add_argument(f"--{name}", type=float)
     parser.add_argument("--seed", type=int, default=1)
-    produce(**vars(parser.parse_args()))
+    parser.add_argument("--data", action="store_true", help="write the data instead")
+    values = vars(parser.parse_args())
+    if values.pop("data"):
+        write_data()
+    else:
+        produce(**values)
