@@ -76,18 +76,17 @@ def tell(what: What, about: str, text: str) -> None:
     )
     try:
         block = Block.load(load_params().notify.block)
-    except ValueError:  # there is none of this name
-        return
-    try:
         assert isinstance(block, NotificationBlock)
         block.notify(text, subject=f"grimace.{what} {about}")  # type: ignore[unused-coroutine]
-    except Exception as error:  # a webhook may fail in every way
-        log.warning("nobody could be notified: %s: %s", type(error).__name__, error)
+    except Exception as error:  # what has happened has happened, whoever hears of it
+        if "Unable to find block document" not in str(error):  # there need not be one
+            log.warning("nobody could be notified: %s: %s", type(error).__name__, error)
 
 
 def tell_failure(flow: Flow[Any, Any], flow_run: FlowRun, state: State[Any]) -> None:
-    """A hook for `on_failure` and `on_crashed` of flows."""
-    tell("failed", flow.name, f"{flow_run.name}: {state.message or state.name}")
+    """A hook for `on_failure` and `on_crashed` of flows; tells the first line, the log has all."""
+    why = (state.message or state.name or "").partition("\n")[0]
+    tell("failed", flow.name, f"{flow_run.name}: {why}")
 
 
 def _logger() -> Any:

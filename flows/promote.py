@@ -87,7 +87,8 @@ def promote(
         event = store.promote(version, who, why)
     except GrimaceError as error:
         tell("rejected", task, str(error))
-        return Failed(name="Refused", message=str(error))
+        stale = isinstance(error, registry.StaleBlessingError)
+        return Failed(name="Stale" if stale else "Refused", message=str(error))
     if event is None:
         return Completed(message=f"{store.name} version {version} is the champion already")
     return _moved(store, event)

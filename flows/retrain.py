@@ -420,7 +420,7 @@ def decide(runs: list[StageRun]) -> list[str]:
         if blessing["blessed"]:
             state = promote(judged, why="retrained and blessed", who="retrain", return_state=True)
             said.append(f"{judged}: {state.message}")
-            decided = state.is_completed()
+            decided = state.name != "Stale"  # else the next run judges again
         else:
             failed = [row for row in blessing["gates"] if not (row["passed"] or row["overridden"])]
             why = "\n".join(f"{row['name']}: {row['why']}" for row in failed)

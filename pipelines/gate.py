@@ -74,8 +74,8 @@ def main() -> None:
             f"what deploy/ holds for {task} is not registered; run "
             f"`python -m pipelines.register --task {task}`"
         )
-    if store.aliases().get("champion") == version:
-        print(f"{store.name} version {version} is the champion, and was blessed as such")
+    if version in {move.after for move in store.moves()}:
+        print(f"{store.name} version {version} was made champion on the blessing that it has")
         hand_back(store, version)
         return
     settings = params.tasks.named(task)
@@ -97,7 +97,7 @@ def main() -> None:
 
 
 def hand_back(store: registry.Registry, version: int) -> None:
-    """Write the blessing that a version has, as if it had just been given."""
+    """Write the blessing that a version has: what a champion was promoted on stays on record."""
     blessing = store.blessing(version)
     with whole_folder(folder_of(store.task)) as out:
         (out / "blessing.json").write_text(json.dumps(blessing, indent=2) + "\n")
@@ -114,7 +114,7 @@ class Candidate:
     """What is known of the model to be judged.
 
     Attributes:
-        files: SHA-256 by path, as `verify.bytes_of` gives them.
+        files: SHA-256 by path, as `registry.bytes_of` gives them.
         outputs: its answers to the test faces; None where there are none to exactly these.
         verification: what `verify` wrote, by file name; empty where it has not.
         validation: the scores of `evaluate`; empty where they are of another model.

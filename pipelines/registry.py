@@ -59,6 +59,10 @@ class Event(NamedTuple):
     overrides: list[dict[str, str]]
 
 
+class StaleBlessingError(GrimaceError):
+    """A version was judged against another champion than there is now; judging anew may help."""
+
+
 class Registry:
     """One task's registered model.
 
@@ -360,7 +364,7 @@ class Registry:
             )
         judged = blessing["champion"] and blessing["champion"]["version"]
         if judged != champion:
-            raise GrimaceError(
+            raise StaleBlessingError(
                 f"{self.name} version {number} was judged against "
                 f"{f'version {judged}' if judged else 'no champion'}, and now "
                 f"{f'version {champion} is' if champion else 'there is none'}; judge it anew with "
