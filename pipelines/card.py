@@ -126,7 +126,7 @@ def _runtimes(facts: Facts) -> str:
         (
             name,
             facts.perf[name]["runtime"],
-            f"{row[metric]:.2%}",
+            f"{row[metric]:.2%} ({_interval(row['ci95'][metric], '.2%')})",
             f"{facts.perf[name]['bytes'] / 2**20:.2f}",
             f"{facts.perf[name]['p50_ms']:.2f}",
         )

@@ -103,6 +103,9 @@ def test_a_version_has_all_that_it_takes(shop):
     assert tags["grimace.blessed"] == "true"
     run = store.client.get_run(version.run_id)
     assert run.data.tags["grimace.model_sha256"] == tags["grimace.model_sha256"]
+    judged = (folder / "blessing.json").read_bytes()
+    shop.judge()
+    assert (folder / "blessing.json").read_bytes() == judged
     # What is here already stays the version that it is.
     assert shop.register() == number and len(store.versions()) == 1
 
