@@ -44,13 +44,11 @@ from pipelines.params import (
     Params,
     Task,
     TaskName,
-    Verify,
     load_params,
 )
 from pipelines.report import markdown
 from pipelines.select import lead
 from pipelines.slices import FEWEST, bins_of, figures_by_slice
-from pipelines.verify import judge
 
 SURE = 0.05  # level of the tests, after correction for their number
 HIGH_IS_GOOD = ("accuracy", "macro_f1", "balanced_accuracy", "auc10")
@@ -265,7 +263,7 @@ def gates(
         candidate: who is judged.
         champion: whom it has to match; None for the first.
         faces: the test side, with traits.
-        params: bounds in `gate`, budgets in `verify`, seed in `evaluate`.
+        params: bounds in `gate`, seed in `evaluate`.
 
     Returns:
         name, value, bound and interval ([low, high] or None), all ready for JSON, `passed`, `why`.
@@ -313,7 +311,7 @@ def gates(
                 lambda: _no_slice_worse(faces, _answered(candidate), _answers_of(champion), paired),
             ),
         ]
-    return rows + deployable_gates(task, candidate.verification, bounds, params)
+    return rows + deployable_gates(candidate.verification, bounds)
 
 
 def _attempt(name: str, bound: float, gate: Callable[[], Row]) -> Row:
@@ -513,13 +511,12 @@ def _no_slice_worse(faces: Faces, mine: np.ndarray, theirs: np.ndarray, settings
     }
 
 
-def deployable_gates(
-    task: TaskName, verification: Mapping[str, Any], bounds: GateTask, params: Params
-) -> list[Row]:
+def deployable_gates(verification: Mapping[str, Any], bounds: GateTask) -> list[Row]:
     """Return budget, golden-input and size rows of every deployable that `verify` looked at.
 
     This is all that the gate knows of what `verify` writes: `blessing` with the `gates` it tried
-    and the engines `built_but_not_run`, and by deployable `numerics` and `perf`.
+    and the engines `built_but_not_run`; by deployable `numerics`, where `loss_ci95` and `golden`
+    (difference, tolerance) may be, and `perf`; and `test`.
     """
     tried = verification.get("blessing", {}).get("gates", [])
     numerics, perf = verification.get("numerics", {}), verification.get("perf", {})
@@ -535,9 +532,8 @@ def deployable_gates(
             continue
         scores, test = numerics[name], verification.get("test", {})
         limit = bounds.mib.get(name, bounds.mib["default"])
-        budget = partial(_budget, task, name, scores, test, params.verify)
         rows += [
-            _attempt(f"budget: {name}", gate["bound"], budget),
+            _attempt(f"budget: {name}", gate["bound"], partial(_budget, gate, scores, test)),
             _attempt(f"golden: {name}", 0.0, partial(_golden, name, scores, bounds)),
             _attempt(f"size: {name}", limit, partial(_size, perf[name]["bytes"], limit)),
         ]
@@ -547,15 +543,16 @@ def deployable_gates(
     return rows
 
 
-def _budget(
-    task: TaskName,
-    name: str,
-    scores: dict[str, Any],
-    test: dict[str, Any],
-    settings: Verify,
-) -> Row:
-    row = judge(task, name, scores, test, settings)
-    return {**row, "name": f"budget: {name}", "interval": scores.get("loss_ci95")}
+def _budget(gate: Mapping[str, Any], scores: Mapping[str, Any], test: Mapping[str, Any]) -> Row:
+    """The verdict of `verify`, and that its figures bear it out."""
+    # A loss of just the bound must not fail over the last bit.
+    within = scores["loss"] <= gate["bound"] + 1e-9 and scores["n"] == test["n"]
+    return {
+        "value": scores["loss"],
+        "interval": scores.get("loss_ci95"),
+        "passed": gate["passed"] and within,
+        "why": gate["why"],
+    }
 
 
 def _row(name: str, value: float | None, bound: Any, passed: bool, why: str) -> Row:
@@ -572,10 +569,12 @@ def _row(name: str, value: float | None, bound: Any, passed: bool, why: str) -> 
 def _golden(name: str, scores: Mapping[str, Any], bounds: GateTask) -> Row:
     """Answers of its own runtime against the float32 model's: golden ones, or to all test faces."""
     precision = name.rpartition("/")[2]
-    if precision not in bounds.answers:
+    if "golden" in scores:
+        value, bound = scores["golden"]["difference"], scores["golden"]["tolerance"]
+    elif precision in bounds.answers:
+        value, bound = scores["max_difference"], bounds.answers[precision]
+    else:
         raise GrimaceError(f"params.yaml: gate.{scores['task']}.answers has no {precision!r}")
-    bound = bounds.answers[precision]
-    value = scores["golden_difference" if "golden_difference" in scores else "max_difference"]
     return {
         "value": value,
         "bound": bound,

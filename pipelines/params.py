@@ -649,7 +649,8 @@ class GateTask(_Section):
         slice_floor: the worst value of the deciding metric that is good enough in any slice.
         above_validation: how much better than on validation the model may be on test; what is
             surely better by more has most likely seen the test faces.
-        answers: by precision, how far any answer of a deployable may be from the float32 model's.
+        answers: by precision, how far any answer of a deployable may be from the float32 model's,
+            where its bundle has no golden answers with a tolerance of their own.
         mib: size of a deployable in MiB, by its name, or `default`.
     """
 

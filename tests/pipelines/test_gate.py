@@ -22,6 +22,7 @@ ROOT = Path(__file__).parents[2]
 COUNT = 700
 FILES = {"model.keras": "a" * 64, "tflite/int8.tflite": "b" * 64}
 DEPLOYABLES = ("tflite/float32", "tflite/int8")
+GATE = {"value": 0.2, "bound": 1.0, "passed": True, "why": "loses 0.20, 1.00 allowed"}
 ALWAYS = [
     "bytes",
     "unseen faces",
@@ -99,7 +100,7 @@ def candidate_of(outputs: np.ndarray | None, accuracy: float, **changes: Any) ->
             "perf": {name: {"bytes": 2**20} for name in DEPLOYABLES},
             "blessing": {
                 "files": dict(FILES),
-                "gates": [{"name": name, "bound": 1.0, "why": ""} for name in DEPLOYABLES],
+                "gates": [dict(GATE, name=name) for name in DEPLOYABLES],
                 "built_but_not_run": {},
             },
         },
@@ -230,6 +231,14 @@ def test_one_whose_int8_collapsed(judged, faces):
     assert row_of(blessing, "golden: tflite/int8")["bound"] == 0.4
 
     candidate = candidate_of(said(faces, some(0.7)), 0.68)
+    golden = {"difference": 0.2, "tolerance": 0.05, "passed": False}
+    candidate.verification["numerics"]["tflite/int8"]["golden"] = golden
+    assert failed(judged(candidate)).keys() == {"golden: tflite/int8"}
+    candidate = candidate_of(said(faces, some(0.7)), 0.68)
+    candidate.verification["blessing"]["gates"][1]["passed"] = False  # whatever the figures say
+    assert failed(judged(candidate)).keys() == {"budget: tflite/int8"}
+
+    candidate = candidate_of(said(faces, some(0.7)), 0.68)
     candidate.verification["numerics"]["tflite/int8"]["n"] = COUNT - 1  # judged on fewer faces
     assert failed(judged(candidate)).keys() == {"budget: tflite/int8"}
     candidate = candidate_of(said(faces, some(0.7)), 0.68)
@@ -277,9 +286,7 @@ def test_what_could_not_be_computed_has_failed(judged, faces):
     unknown = candidate_of(said(faces, some(0.7)), 0.68)
     unknown.verification["numerics"]["tflite/int4"] = {"loss": 0.0, "n": COUNT, "task": "emotion"}
     unknown.verification["perf"]["tflite/int4"] = {"bytes": 1}
-    unknown.verification["blessing"]["gates"].append(
-        {"name": "tflite/int4", "bound": 1.0, "why": ""}
-    )
+    unknown.verification["blessing"]["gates"].append(dict(GATE, name="tflite/int4"))
     assert "answers has no 'int4'" in failed(judged(unknown))["golden: tflite/int4"]
 
 
