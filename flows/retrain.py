@@ -1,10 +1,12 @@
 """Bring everything up to date: the stages of dvc.yaml, in order and side by side, under Prefect.
 
 Every stage is a Prefect task that runs `dvc repro` for that stage alone, once the stages it
-needs are done. DVC decides what has changed; Prefect shows, retries, schedules and cancels.
+needs are done. DVC decides what has changed; Prefect shows, retries, schedules and cancels. What
+`verify` has measured is then registered, judged, and promoted if it is blessed.
 """
 
 import argparse
+import json
 import os
 import re
 import signal
@@ -13,7 +15,7 @@ import sys
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from graphlib import TopologicalSorter
@@ -23,6 +25,8 @@ from typing import Any, Literal, NamedTuple, get_args
 
 from flows.supervise import Lifeline, Outcome, supervise
 from pipelines.cli import GrimaceError, run
+from pipelines.params import TaskName, load_params
+from pipelines.registry import is_settled, settle
 
 # A busy machine takes its time to start a server; Prefect reads this when imported.
 SERVER_START_SECONDS = 120
@@ -42,7 +46,12 @@ from prefect.logging.handlers import APILogWorker  # noqa: E402
 from prefect.settings import PREFECT_API_URL, temporary_settings  # noqa: E402
 from prefect.states import Cancelled, Completed, Failed, State  # noqa: E402
 
+from flows.notify import tell, tell_failure  # noqa: E402
+from flows.promote import TASKS, promote  # noqa: E402
+
 RESULTS = Path("reports/report/results.md")
+# Not stages of DVC: they depend on the champion, which is no file of the repository.
+AFTER_VERIFY = ("register", "gate")
 RETRIES = 2
 DOWNLOAD_RETRY_SECONDS = 20.0
 BUSY_RETRY_SECONDS = 3.0
@@ -145,13 +154,14 @@ def answers(url: str) -> bool:
         return False
 
 
-@flow(name="retrain")
+@flow(name="retrain", on_failure=[tell_failure], on_crashed=[tell_failure])
 def retrain(targets: list[str] | None = None, workers: int = 2) -> State[Any]:
     """Run the stages of the dvc.yaml in the current folder that are out of date.
 
-    A stage that fails fails the flow and skips what needs it; the others are still run.
-    Leaves two artefacts in Prefect: `grimace-stages`, what became of each stage, and
-    `grimace-results`, the table that the stage `report` writes.
+    A stage that fails fails the flow and skips what needs it; the others are still run. Each
+    task's candidate is registered, judged, and promoted if it is blessed; one that is not fails
+    nothing. Leaves artefacts in Prefect: `grimace-stages`, what became of each stage;
+    `grimace-results`, the table that the stage `report` writes; and `grimace-gates-TASK`.
 
     Args:
         targets: names of stages, or of groups of them (`train`), that are brought up to date
@@ -164,12 +174,16 @@ def retrain(targets: list[str] | None = None, workers: int = 2) -> State[Any]:
     upstream = stage_graph(targets)
     with Lifeline() as lifeline:
         runs = run_graph(upstream, workers, lifeline)
+        cancelled = lifeline.is_cut()
     publish(runs)
-    return verdict(runs)
+    return verdict(runs, [] if cancelled else decide(runs))
 
 
 def stage_graph(targets: Iterable[str] | None = None) -> dict[str, set[str]]:
-    """Read dvc.yaml: each stage that the targets need, with the stages it needs itself."""
+    """Read dvc.yaml: each stage that the targets need, with the stages it needs itself.
+
+    After each `verify@TASK` come `register@TASK` and `gate@TASK`.
+    """
     if not Path("dvc.yaml").is_file():
         raise GrimaceError(
             f"there is no dvc.yaml in {Path.cwd()}. Run this in the root folder of the repository."
@@ -186,6 +200,11 @@ def stage_graph(targets: Iterable[str] | None = None) -> dict[str, set[str]]:
             }
     except DvcException as error:
         raise GrimaceError(f"DVC cannot read dvc.yaml here: {error}") from error
+    for stage in sorted(upstream):
+        kind, _, task = stage.partition("@")
+        if kind == "verify" and task:
+            upstream[f"register@{task}"] = {stage}
+            upstream[f"gate@{task}"] = {f"register@{task}"}
     return upstream if targets is None else needed_for(targets, upstream)
 
 
@@ -280,6 +299,9 @@ def is_download(stage: str) -> bool:
 def run_stage(stage: str, lifeline: Lifeline) -> State[StageRun]:
     """Bring one stage up to date; what it needs is.
 
+    Registering and judging are commands of their own, with nothing to do where what is here was
+    promoted or rejected before.
+
     DVC keeps the rest in order: it holds its repository lock while it reads and writes
     dvc.lock, and lets go of it while the stage's command runs, so several stages can run.
     """
@@ -289,10 +311,18 @@ def run_stage(stage: str, lifeline: Lifeline) -> State[StageRun]:
         pause = DOWNLOAD_RETRY_SECONDS if is_download(stage) else BUSY_RETRY_SECONDS
         lifeline.is_cut(within_seconds=retry * pause)
     started = time.monotonic()
-    outcome = supervise(
+    kind, _, name = stage.partition("@")
+    if kind in AFTER_VERIFY:
+        if is_settled(task_named(name), load_params()):
+            seconds = time.monotonic() - started
+            return Completed(name="Unchanged", data=StageRun(stage, "unchanged", seconds))
+        command = ["-m", f"pipelines.{kind}", "--task", name]
+    else:
         # Waiting for the lock: DVC would else give up after three seconds, even with the
         # hours of a training just behind it, when another stage is storing a large output.
-        [sys.executable, "-m", "dvc", "--wait-for-lock", "repro", "--single-item", stage],
+        command = ["-m", "dvc", "--wait-for-lock", "repro", "--single-item", stage]
+    outcome = supervise(
+        [sys.executable, *command],
         lifeline,
         lambda line: logger.info("%s | %s", stage, line),
         env={
@@ -373,7 +403,45 @@ def stages_table(runs: list[StageRun]) -> str:
     return text + details
 
 
-def verdict(runs: list[StageRun]) -> State[None]:
+def decide(runs: list[StageRun]) -> list[str]:
+    """Promote what the gate has blessed, tell of what it has not; say what came of each task."""
+    said = []
+    for stage in (ended.stage for ended in runs if ended.state == "ran"):
+        kind, _, name = stage.partition("@")
+        if kind != "gate":
+            continue
+        judged, folder = task_named(name), Path("reports/gate", name)
+        blessing = json.loads((folder / "blessing.json").read_text())
+        create_markdown_artifact(
+            (folder / "gates.md").read_text(encoding="utf-8"),
+            key=f"grimace-gates-{judged}",
+            description=f"What the candidate for {judged} had to meet.",
+        )
+        if blessing["blessed"]:
+            state = promote(judged, why="retrained and blessed", who="retrain", return_state=True)
+            said.append(f"{judged}: {state.message}")
+            decided = state.name != "Stale"  # else the next run judges again
+        else:
+            failed = [row for row in blessing["gates"] if not (row["passed"] or row["overridden"])]
+            why = "\n".join(f"{row['name']}: {row['why']}" for row in failed)
+            tell("rejected", judged, f"{len(failed)} gates failed\n{why}")
+            said.append(f"{judged}: rejected, {', '.join(row['name'] for row in failed)}")
+            # Without the champion nothing was decided: the next run judges again.
+            decided = blessing["champion"] is None or blessing["champion"]["version"] > 0
+        if decided:
+            settle(judged, load_params())
+    return said
+
+
+def task_named(name: str) -> TaskName:
+    """A task by the name that it has in dvc.yaml."""
+    for known in TASKS:
+        if known == name:
+            return known
+    raise GrimaceError(f"dvc.yaml: verify@{name}: there is no task of this name")
+
+
+def verdict(runs: list[StageRun], decisions: Sequence[str] = ()) -> State[None]:
     """The state of the flow: cancelled or failed where any of its stages is."""
     counts = Counter(run.state for run in runs)
     summary = ", ".join(f"{counts[state]} {state}" for state in get_args(Ending) if counts[state])
@@ -384,7 +452,9 @@ def verdict(runs: list[StageRun]) -> State[None]:
         reasons = "; ".join(first for first, *_ in messages)
         last_lines = [line for _, *lines in messages for line in lines]
         return Failed(message="\n".join([f"{reasons} ({summary})", *last_lines]))
-    return Completed(message=f"{len(runs)} stages: {summary}")
+    if counts["unchanged"] == len(runs):
+        return Completed(message=f"nothing changed ({len(runs)} stages)")
+    return Completed(message="\n".join([f"{len(runs)} stages: {summary}", *decisions]))
 
 
 if __name__ == "__main__":

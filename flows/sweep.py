@@ -52,6 +52,7 @@ from prefect.artifacts import create_table_artifact  # isort: skip
 from prefect.cache_policies import NO_CACHE  # isort: skip
 from prefect.futures import PrefectFuture  # isort: skip
 from prefect.states import Cancelled, Completed, Failed, State  # isort: skip
+from flows.notify import tell_failure  # isort: skip
 
 # How often MLflow is brought up to date while trials run, and a cancellation is looked for.
 POLL_SECONDS = 5.0
@@ -123,7 +124,12 @@ def main() -> None:
     print(state.message)
 
 
-@flow(name="sweep", flow_run_name="sweep of {job}")
+@flow(
+    name="sweep",
+    flow_run_name="sweep of {job}",
+    on_failure=[tell_failure],
+    on_crashed=[tell_failure],
+)
 def sweep(
     job: str, trials: int = 20, parallel: int = 1, timeout: float | None = None
 ) -> State[Any]:

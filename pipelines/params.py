@@ -642,6 +642,91 @@ class Verify(_Section):
     latency_runs: Annotated[int, Field(ge=10)]
 
 
+class GateTask(_Section):
+    """What a candidate for one task has to meet before it may be promoted.
+
+    Metrics are as `evaluate` names them, fractions and not per cent, on the test side.
+
+    Attributes:
+        floors: by metric, the worst value that is good enough.
+        margin: how far the deciding metric may lie below the champion's: the lower end of the
+            paired 95 % interval of the gain has to be above minus this (Piaggio et al. 2012 on
+            non-inferiority). The fewer the faces, the wider the interval: a margin much narrower
+            than it asks for a candidate that is plainly better.
+        slice_floor: the worst value of the deciding metric that is good enough in any slice.
+        above_validation: how much better than on validation the model may be on test; what is
+            surely better by more has most likely seen the test faces.
+        answers: by precision, how far any answer of a deployable may be from the float32 model's,
+            where its bundle has no golden answers with a tolerance of their own.
+        mib: size of a deployable in MiB, by its name, or `default`.
+    """
+
+    floors: Annotated[dict[str, float], Field(min_length=1)]
+    margin: NonNegative
+    slice_floor: NonNegative
+    above_validation: NonNegative
+    answers: Annotated[dict[str, NonNegative], Field(min_length=1)]
+    mib: dict[str, Positive]
+
+    @field_validator("mib")
+    @classmethod
+    def _mib_has_default(cls, value: dict[str, float]) -> dict[str, float]:
+        if "default" not in value:
+            raise ValueError("needs a `default`")
+        return value
+
+
+class Override(_Section):
+    """A gate that a person lets one candidate pass, and answers for.
+
+    It holds for the bytes it names and no others, and stands in the blessing and in the registry's
+    audit trail.
+
+    Attributes:
+        task: of the candidate.
+        gate: the name of its row in blessing.json.
+        candidate: the first 12 or more hex digits of the `sha256` in blessing.json.
+        who: signs for it.
+        reason: why the gate is wrong here.
+    """
+
+    task: TaskName
+    gate: str
+    candidate: Annotated[str, Field(pattern="^[0-9a-f]{12,64}$")]
+    who: Annotated[str, Field(min_length=2)]
+    reason: Annotated[str, Field(min_length=10, max_length=500)]
+
+
+class Gate(_Section):
+    """What stands between a candidate and the alias `champion`.
+
+    Attributes:
+        resamples: behind the paired intervals; their seed is evaluate.seed.
+        emotion, landmarks: each task's bounds.
+        overrides: signed for by a person, each for one gate and one candidate.
+    """
+
+    resamples: Annotated[int, Field(ge=1000)]
+    emotion: GateTask
+    landmarks: GateTask
+    overrides: tuple[Override, ...] = ()
+
+    def named(self, task: TaskName) -> GateTask:
+        """Return the section of one task."""
+        return self.emotion if task == "emotion" else self.landmarks
+
+
+class Notify(_Section):
+    """Who hears of promotions, rejections, rollbacks and failures, beside the log.
+
+    Attributes:
+        block: a notification block in Prefect, as TYPE/NAME; where Prefect has none of this name,
+            nobody does. `python -m flows.notify --webhook URL` makes one.
+    """
+
+    block: Annotated[str, Field(pattern="^[a-z0-9-]+/[a-z0-9-]+$")]
+
+
 class Tracking(_Section):
     """Where MLflow keeps runs; the environment's MLFLOW_TRACKING_URI has precedence."""
 
@@ -664,6 +749,8 @@ class Params(_Section):
     select: Select
     export: Export
     verify: Verify
+    gate: Gate
+    notify: Notify
 
     @model_validator(mode="after")
     def _tasks_have_data_and_models(self) -> Self:

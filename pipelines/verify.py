@@ -22,9 +22,11 @@ from pipelines.evaluate import (
     faces_of_side,
     headline,
     measure,
+    save_predictions,
     write_plots,
 )
 from pipelines.params import Params, TaskName, Verify, load_params
+from pipelines.registry import bytes_of
 from pipelines.runtimes import load
 
 BUNDLES = ("tflite", "tfjs", "tensorrt")
@@ -49,7 +51,8 @@ def verify(task: TaskName, params: Params) -> None:
     test = measure(faces, reference, params.evaluate) | {"split": "test"}
     print(f"candidate: {headline(test)}")
 
-    digest = tracking.sha256(candidate)
+    files = bytes_of(task)  # what is measured from here on
+    digest = files["model.keras"]
     numerics, perf, gates, engines = {}, {}, [], {}
     for name, path in deployables(Path("deploy", task)).items():
         try:
@@ -69,6 +72,7 @@ def verify(task: TaskName, params: Params) -> None:
         "task": task,
         "blessed": blessed,
         "model_sha256": digest,
+        "files": files,
         "gates": gates,
         "built_but_not_run": engines,
     }
@@ -82,6 +86,7 @@ def verify(task: TaskName, params: Params) -> None:
         ):
             (partial / f"{file}.json").write_text(json.dumps(content, indent=2) + "\n")
         write_plots(faces, reference, params.evaluate, partial, f"{task} candidate, test")
+        save_predictions(partial, faces, reference, [candidate])
     summary = {
         "test": test[DECIDES[task]],
         "blessed": int(blessed),

@@ -3,14 +3,22 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 import yaml
+
+if TYPE_CHECKING:
+    from pipelines.registry import Registry
 
 ROOT = Path(__file__).parents[1]
 
@@ -177,3 +185,78 @@ def own_tracking() -> Iterator[None]:
     os.environ.pop("MLFLOW_TRACKING_URI", None)
     if before is not None:
         os.environ["MLFLOW_TRACKING_URI"] = before
+
+
+class Shop:
+    """A small repository whose emotion candidates are made in moments, by `tests/produce.py`."""
+
+    def __init__(self, root: Path, module: ModuleType) -> None:
+        self.root, self.module = root, module
+
+    def produce(self, right: float, seed: int = 1, **changes: float) -> None:
+        """Leave a candidate as the stages up to `verify` would."""
+        self.module.produce(right, seed, **{**DEFAULTS, **changes})
+
+    def register(self) -> int:
+        from pipelines.params import load_params
+        from pipelines.register import register
+
+        return register("emotion", load_params())
+
+    def judge(self) -> dict[str, Any]:
+        """Run the gate's own command line here; return the blessing."""
+        from pipelines import gate
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "argv", ["gate", "--task", "emotion"])
+            gate.main()
+        return json.loads(Path("reports/gate/emotion/blessing.json").read_text())
+
+    def candidate(self, right: float, seed: int = 1, **changes: float) -> int:
+        """Make, register and judge one; return its version."""
+        self.produce(right, seed, **changes)
+        number = self.register()
+        self.judge()
+        return number
+
+    def store(self) -> "Registry":
+        from pipelines.params import load_params
+        from pipelines.registry import Registry
+
+        return Registry(load_params().tracking, "emotion")
+
+    def change_params(self, change: Callable[[dict[str, Any]], None]) -> None:
+        values = yaml.safe_load(Path("params.yaml").read_text())
+        change(values)
+        Path("params.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
+
+
+DEFAULTS = dict.fromkeys(("int8", "validation", "fearful"))
+
+
+@pytest.fixture
+def shop(tmp_path: Path, empty_store: Path, monkeypatch: pytest.MonkeyPatch) -> Shop:
+    """The current folder: a Git repository with data, an empty registry and no candidate yet."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    spec = spec_from_file_location("produce", ROOT / "tests/produce.py")
+    assert spec is not None and spec.loader is not None
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    values = yaml.safe_load((ROOT / "params.yaml").read_text())
+    shutil.copy(empty_store, "mlflow.db")
+    values["tracking"]["uri"] = f"sqlite:///{tmp_path}/mlflow.db"
+    values["tasks"]["emotion"] |= {"dataset": "folder", "size": 16}
+    values["evaluate"]["resamples"] = 100
+    values["gate"]["resamples"] = 1000
+    Path("params.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
+    Path("dvc.yaml").write_text("stages: {}\n")
+    Path("dvc.lock").write_text(
+        yaml.safe_dump({"schema": "2.0", "stages": {"verify@emotion": {"cmd": "true"}}})
+    )
+    module.write_data()
+    Path(".gitignore").write_text("/mlflow.db\n/mlartifacts\n/data\n/deploy\n/reports\n")
+    git = ["git", "-c", "user.name=test", "-c", "user.email=test@localhost"]
+    for command in (["init", "-q"], ["add", "-A"], ["commit", "-qm", "start"]):
+        subprocess.run([*git, *command], check=True)
+    return Shop(tmp_path, module)

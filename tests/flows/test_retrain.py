@@ -131,7 +131,7 @@ def test_runs_the_graph_side_by_side_and_leaves_it_up_to_date(
     locked = Path("dvc.lock").read_bytes()
 
     state = retrain(workers=4, return_state=True)
-    assert state.message == "6 stages: 6 unchanged"
+    assert state.message == "nothing changed (6 stages)"
     assert Path("dvc.lock").read_bytes() == locked
     run = last_flow_run()
     assert task_states(run) == dict.fromkeys(names, "Unchanged")
