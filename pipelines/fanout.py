@@ -139,6 +139,41 @@ def _on_cluster(
     work: Callable[[Chunk], Result], chunks: Iterable[Chunk], address: str
 ) -> Iterator[Result]:
     """Fan out over a Ray cluster, which needs this environment's packages on its machines."""
+    with ray_cluster(address):
+        import ray
+
+        try:
+            task: Any = ray.remote(max_retries=RETRIES)(_call)
+            shared = ray.put(work)
+            waiting: deque[ray.ObjectRef] = deque()
+            for chunk in chunks:
+                waiting.append(task.remote(shared, chunk))
+                # Asked each time, because machines come and go.
+                while len(waiting) >= 2 * max(1, ray.cluster_resources().get("CPU", 1)):
+                    yield ray.get(waiting.popleft())
+            while waiting:
+                yield ray.get(waiting.popleft())
+        except ray.exceptions.RayTaskError as error:
+            raise error.cause from None
+        except (ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError):
+            raise GrimaceError(
+                f"the Ray cluster at {address} lost the same work {RETRIES + 1} times, probably "
+                "because its machines ran out of memory: give each fewer CPUs "
+                "(`ray start --num-cpus`)"
+            ) from None
+
+
+@contextmanager
+def ray_cluster(address: str, log_to_driver: bool = False) -> Iterator[None]:
+    """Join a Ray cluster, unless that was done, and bring it this code; leave it in the end.
+
+    Args:
+        address: HOST:PORT from one of its machines, ray://HOST:PORT from elsewhere.
+        log_to_driver: show here what workers print.
+
+    Raises:
+        GrimaceError: Ray is not installed, or the cluster cannot be used.
+    """
     try:
         import ray
     except ImportError:
@@ -147,32 +182,15 @@ def _on_cluster(
         ) from None
     ours = not ray.is_initialized()
     if ours:
-        _connect(address)
+        _connect(address, log_to_driver)
     try:
-        task: Any = ray.remote(max_retries=RETRIES)(_call)
-        shared = ray.put(work)
-        waiting: deque[ray.ObjectRef] = deque()
-        for chunk in chunks:
-            waiting.append(task.remote(shared, chunk))
-            # Asked each time, because machines come and go.
-            while len(waiting) >= 2 * max(1, ray.cluster_resources().get("CPU", 1)):
-                yield ray.get(waiting.popleft())
-        while waiting:
-            yield ray.get(waiting.popleft())
-    except ray.exceptions.RayTaskError as error:
-        raise error.cause from None
-    except (ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError):
-        raise GrimaceError(
-            f"the Ray cluster at {address} lost the same work {RETRIES + 1} times, probably "
-            "because its machines ran out of memory: give each fewer CPUs (`ray start --num-cpus`)"
-        ) from None
+        yield
     finally:
         if ours:
             ray.shutdown()
 
 
-def _connect(address: str) -> None:
-    """Join a cluster and bring it this code."""
+def _connect(address: str, log_to_driver: bool) -> None:
     import ray
 
     code = {
@@ -184,7 +202,10 @@ def _connect(address: str) -> None:
         # Ray itself takes minutes to give up.
         create_connection((host, int(port)), timeout=10).close()
         ray.init(
-            address=address, runtime_env=code, log_to_driver=False, logging_level=logging.WARNING
+            address=address,
+            runtime_env=code,
+            log_to_driver=log_to_driver,
+            logging_level=logging.WARNING,
         )
     except (OSError, RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())
