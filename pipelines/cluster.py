@@ -6,8 +6,8 @@ it, and starts the group again, which goes on from the last checkpoint. Shards, 
 result lie on a disk that all machines share under the same path.
 """
 
-import os
 import socket
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from pipelines.fanout import ray_cluster
 from pipelines.job import Job, job_of, plain
 
 POLL = 1.0  # seconds between looks at the checkpoint
+STARTS = "starts.txt"  # in it: a line for each start of the workers
 
 
 def fit_on_cluster(
@@ -45,7 +46,7 @@ def fit_on_cluster(
     Raises:
         GrimaceError: as there; or the cluster cannot be used, or workers failed again and again.
     """
-    from pipelines.fit import saved_history
+    from pipelines.fit import saved_history, told
 
     paths = {"shards": shards, "out": out, "checkpoint": checkpoint}
     order = {
@@ -55,8 +56,11 @@ def fit_on_cluster(
         "devices": devices,
         "restarts": restarts,
     }
-    told = 0
-    with ray_cluster(address, log_to_driver=True):
+    checkpoint.mkdir(parents=True, exist_ok=True)
+    starts = checkpoint / STARTS
+    starts.unlink(missing_ok=True)
+    seen, epochs = 0, 0
+    with ray_cluster(address):
         import ray
 
         # A task on the cluster, because from elsewhere Ray Train cannot be started.
@@ -65,17 +69,22 @@ def fit_on_cluster(
         done: list[Any] = []
         while not done:
             done, _ = ray.wait([ended], timeout=POLL)
-            for row in saved_history(job, checkpoint)[told:]:
-                on_epoch(told, row)
-                told += 1
+            lines = starts.read_text().splitlines() if starts.exists() else []
+            for line in lines[seen:]:
+                print(line, flush=True)
+            seen = len(lines)
+            for row in saved_history(job, checkpoint)[epochs:]:
+                print(told(job, epochs, row), flush=True)
+                on_epoch(epochs, row)
+                epochs += 1
         try:
             refused = ray.get(ended)
         except ray.exceptions.RayError as error:
             reason = str(error).strip().splitlines()[-1]
             raise GrimaceError(
                 f"training {job.name} on the Ray cluster at {address} failed {restarts + 1} times, "
-                f"which is all that train.restarts allows; the last time: {reason}. {told} epochs "
-                f"are kept in {checkpoint}; the same command goes on from there."
+                f"which is all that train.restarts allows; the last time: {reason}. The state "
+                f"after epoch {epochs} is kept in {checkpoint}; the same command goes on from it."
             ) from None
     if refused:
         raise GrimaceError(refused)
@@ -83,7 +92,6 @@ def fit_on_cluster(
 
 def _supervise(order: dict[str, Any]) -> str | None:
     """Run the group of workers to its end; return what all of them refused to do, if anything."""
-    os.environ["RAY_TRAIN_V2_ENABLED"] = "1"
     import ray
     from ray.train.v2.api.config import FailureConfig, RunConfig, ScalingConfig
     from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
@@ -120,12 +128,14 @@ def _work(order: dict[str, Any]) -> str | None:
 
     What one alone may meet is raised instead: then the others wait for it, and have to be ended.
     """
+    # Where it is installed, Keras would load it just to seed it.
+    sys.modules.setdefault("tensorflow", None)  # type: ignore[arg-type]
     import jax
     import keras
     from ray.train import get_context
     from ray.train.collective import broadcast_from_rank_zero
 
-    from pipelines.fit import OutOfMemory, fit
+    from pipelines.fit import OutOfMemory, fit, saved_history
 
     job = job_of(order["job"])
     shards, out, checkpoint = (Path(order["paths"][n]) for n in ("shards", "out", "checkpoint"))
@@ -140,6 +150,10 @@ def _work(order: dict[str, Any]) -> str | None:
     keras.distribution.initialize(address, workers, rank)
     if jax.process_count() != workers:
         raise RuntimeError(f"{jax.process_count()} of {workers} workers have joined")
+    if rank == 0:
+        done = len(saved_history(job, checkpoint))
+        with (checkpoint / STARTS).open("a") as file:
+            file.write(f"{workers} workers, the first on {address}, begin after epoch {done}\n")
     try:
         fit(job, shards, out, checkpoint, devices=0)
     except OutOfMemory:

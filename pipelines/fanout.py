@@ -164,12 +164,11 @@ def _on_cluster(
 
 
 @contextmanager
-def ray_cluster(address: str, log_to_driver: bool = False) -> Iterator[None]:
+def ray_cluster(address: str) -> Iterator[None]:
     """Join a Ray cluster, unless that was done, and bring it this code; leave it in the end.
 
     Args:
         address: HOST:PORT from one of its machines, ray://HOST:PORT from elsewhere.
-        log_to_driver: show here what workers print.
 
     Raises:
         GrimaceError: Ray is not installed, or the cluster cannot be used.
@@ -182,7 +181,7 @@ def ray_cluster(address: str, log_to_driver: bool = False) -> Iterator[None]:
         ) from None
     ours = not ray.is_initialized()
     if ours:
-        _connect(address, log_to_driver)
+        _connect(address)
     try:
         yield
     finally:
@@ -190,7 +189,8 @@ def ray_cluster(address: str, log_to_driver: bool = False) -> Iterator[None]:
             ray.shutdown()
 
 
-def _connect(address: str, log_to_driver: bool) -> None:
+def _connect(address: str) -> None:
+    """Join a cluster and bring it this code."""
     import ray
 
     code = {
@@ -202,10 +202,7 @@ def _connect(address: str, log_to_driver: bool) -> None:
         # Ray itself takes minutes to give up.
         create_connection((host, int(port)), timeout=10).close()
         ray.init(
-            address=address,
-            runtime_env=code,
-            log_to_driver=log_to_driver,
-            logging_level=logging.WARNING,
+            address=address, runtime_env=code, log_to_driver=False, logging_level=logging.WARNING
         )
     except (OSError, RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())

@@ -157,10 +157,15 @@ def _train(
         history.append(row)
         _save_state(model, own, history, checkpoint, job, replicas)
         if replicas.writes:
-            figures = ", ".join(f"{name} {value:.4g}" for name, value in row.items())
-            print(f"epoch {epoch + 1}/{job.epochs}: {figures}", flush=True)
+            print(told(job, epoch, row), flush=True)
         on_epoch(epoch, row)
     return history
+
+
+def told(job: Job, epoch: int, row: dict[str, float]) -> str:
+    """Return the line that is printed of an epoch."""
+    figures = ", ".join(f"{name} {value:.4g}" for name, value in row.items())
+    return f"epoch {epoch + 1}/{job.epochs}: {figures}"
 
 
 def build(job: Job, meta: dict[str, Any], weights: str | None = None) -> keras.Model:
