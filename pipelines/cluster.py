@@ -6,6 +6,7 @@ it, and starts the group again, which goes on from the last checkpoint. Shards, 
 result lie on a disk that all machines share under the same path.
 """
 
+import re
 import socket
 import sys
 from pathlib import Path
@@ -80,11 +81,12 @@ def fit_on_cluster(
         try:
             refused = ray.get(ended)
         except ray.exceptions.RayError as error:
-            reason = str(error).strip().splitlines()[-1]
+            reason = _reason(str(error))
             raise GrimaceError(
                 f"training {job.name} on the Ray cluster at {address} failed {restarts + 1} times, "
-                f"which is all that train.restarts allows; the last time: {reason}. The state "
-                f"after epoch {epochs} is kept in {checkpoint}; the same command goes on from it."
+                f"which is all that train.restarts allows; the last time: {reason}. Logs of its "
+                "workers are in /tmp/ray/session_latest/logs on their machines. The state after "
+                f"epoch {epochs} is kept in {checkpoint}; the same command goes on from it."
             ) from None
     if refused:
         raise GrimaceError(refused)
@@ -128,8 +130,6 @@ def _work(order: dict[str, Any]) -> str | None:
 
     What one alone may meet is raised instead: then the others wait for it, and have to be ended.
     """
-    # Where it is installed, Keras would load it just to seed it.
-    sys.modules.setdefault("tensorflow", None)  # type: ignore[arg-type]
     import jax
     import keras
     from ray.train import get_context
@@ -146,7 +146,10 @@ def _work(order: dict[str, Any]) -> str | None:
         )
     rank, workers = get_context().get_world_rank(), get_context().get_world_size()
     address = broadcast_from_rank_zero(_free_address() if rank == 0 else None)
+    # Where TensorFlow is installed, Keras would load it here, which takes long, just to seed it.
+    sys.modules["tensorflow"] = None  # type: ignore[assignment]
     keras.utils.set_random_seed(job.seed)
+    del sys.modules["tensorflow"]
     keras.distribution.initialize(address, workers, rank)
     if jax.process_count() != workers:
         raise RuntimeError(f"{jax.process_count()} of {workers} workers have joined")
@@ -162,6 +165,12 @@ def _work(order: dict[str, Any]) -> str | None:
         return str(error)
     jax.distributed.shutdown()
     return None
+
+
+def _reason(error: str) -> str:
+    """Return the line of an error's text, tracebacks and all, that names the last exception."""
+    lines = error.strip().splitlines()
+    return ([line for line in lines if re.match(r"[\w.]*(Error|Exception):", line)] or lines)[-1]
 
 
 def _free_address() -> str:
