@@ -101,6 +101,11 @@ def _supervise(order: dict[str, Any]) -> str | None:
     gpus = ray.cluster_resources().get("GPU", 0) > 0
     resources = {"CPU": 1} | ({"GPU": order["devices"]} if gpus else {})
     variables = {"KERAS_BACKEND": "jax", "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo"}
+    settings: Any = RunConfig(
+        storage_path=order["paths"]["checkpoint"] + "/ray",
+        failure_config=FailureConfig(max_failures=order["restarts"]),
+        worker_runtime_env={"env_vars": variables | ({} if gpus else {"JAX_PLATFORMS": "cpu"})},
+    )
     # Not Ray's JaxTrainer: on CPUs it does not join the workers, each of which would then train
     # alone and say nothing, and with GPUs it gives two workers of one machine the same ones.
     trainer = DataParallelTrainer(
@@ -112,13 +117,7 @@ def _supervise(order: dict[str, Any]) -> str | None:
             resources_per_worker=resources,
             placement_strategy="PACK" if gpus else "SPREAD",
         ),
-        run_config=RunConfig(
-            storage_path=order["paths"]["checkpoint"] + "/ray",
-            failure_config=FailureConfig(max_failures=order["restarts"]),
-            worker_runtime_env={
-                "env_vars": variables | ({} if gpus else {"JAX_PLATFORMS": "cpu"}),
-            },
-        ),
+        run_config=settings,
     )
     result: Any = trainer.fit()
     refused: str | None = result.return_value  # of the first
