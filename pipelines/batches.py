@@ -7,6 +7,7 @@ import numpy as np
 
 from pipelines.job import Job
 from pipelines.mixing import blend, erase, mix
+from pipelines.replicas import ALONE, Replicas
 from pipelines.shards import View
 
 BETA = 0.999  # of Cui et al. 2019, who try 0.9 to 0.9999
@@ -29,6 +30,7 @@ class Batches(keras.utils.PyDataset):
         answers: float32 (n, …), the teachers'; none by default.
         job: erases and mixes; nothing of the kind by default.
         epoch: draws what is erased and mixed.
+        replicas: who trains together; a batch is then this process's part of it.
     """
 
     def __init__(
@@ -40,13 +42,14 @@ class Batches(keras.utils.PyDataset):
         answers: np.ndarray | None = None,
         job: Job | None = None,
         epoch: int = 0,
+        replicas: Replicas = ALONE,
     ) -> None:
         super().__init__()
         self.view, self.batch, self.answers = view, batch, answers
         self.weights = view.weights if weights is None else weights
         self.weighted = bool((self.weights != 1).any())
         self.order = np.arange(len(view.ids)) if order is None else order
-        self.job, self.epoch = job, epoch
+        self.job, self.epoch, self.replicas = job, epoch, replicas
 
     def __len__(self) -> int:
         """Return the number of batches, the last of which may be short."""
@@ -56,6 +59,9 @@ class Batches(keras.utils.PyDataset):
         """Return a batch."""
         # Ascending rows read the memory map forwards; the order within a batch does not matter.
         rows = np.sort(self.order[index * self.batch : (index + 1) * self.batch])
+        own = self.replicas.own(len(rows))
+        if not self.job:
+            rows = rows[own]
         images, labels = self.view.images[rows].astype(np.float32), self._labels(rows)
         weights = self.weights[rows]
         if self.job:
@@ -64,6 +70,8 @@ class Batches(keras.utils.PyDataset):
             if self.job.mixup or self.job.cutmix:
                 images, partner, share = mix(images, self.job.mixup, self.job.cutmix, rng)
                 labels, weights = (blend(part, partner, share) for part in (labels, weights))
+            # Only now, because anyone's partner can be in anyone's part.
+            images, labels, weights = images[own], labels[own], weights[own]
         return (images, labels, weights) if self.weighted else (images, labels)
 
     def _labels(self, rows: np.ndarray) -> np.ndarray:
@@ -76,15 +84,26 @@ class Batches(keras.utils.PyDataset):
         return np.concatenate([self.view.landmarks[rows], visible, *answers], -1)
 
 
-def training_batches(job: Job, view: View, epoch: int, answers: np.ndarray | None) -> Batches:
-    """Return the batches of one epoch, all of which follows from the job's seed and the epoch."""
+def training_batches(
+    job: Job,
+    view: View,
+    epoch: int,
+    answers: np.ndarray | None,
+    replicas: Replicas = ALONE,
+) -> Batches:
+    """Return the batches of one epoch, all of which follows from the job's seed and the epoch.
+
+    What cannot be dealt out evenly to all devices (fewer images than these) is left out of the
+    epoch; another epoch has another order.
+    """
     order = np.random.default_rng([job.seed, epoch]).permutation(len(view.ids))
+    order = order[: replicas.even(len(order))]
     weights = None
     if job.class_weights is not None:
         assert view.emotions is not None
         weights = view.weights * class_weights(view.emotions, job.class_weights)[view.emotions]
     changed = job if job.erase or job.mixup or job.cutmix else None
-    return Batches(view, job.batch, order, weights, answers, changed, epoch)
+    return Batches(view, job.batch, order, weights, answers, changed, epoch, replicas)
 
 
 def class_weights(emotions: np.ndarray, kind: str) -> np.ndarray:

@@ -9,6 +9,7 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import keras
 import numpy as np
@@ -51,7 +52,8 @@ def teacher_answers(job: Job, shards: Path, folder: Path) -> list[Path]:
         with progress("asking the teachers", images) as advance:
             for view in missing:
                 answers = _ask(models, read_view(shards, "train", view).images, job, advance)
-                partial = paths[view].with_suffix(".partial.npy")
+                # Of its own, because the workers of a cluster all ask, and all get the same.
+                partial = paths[view].with_suffix(f".{uuid4().hex}.npy")
                 np.save(partial, answers)
                 partial.replace(paths[view])
     return paths

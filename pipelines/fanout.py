@@ -142,6 +142,40 @@ def _on_cluster(
     work: Callable[[Chunk], Result], chunks: Iterable[Chunk], address: str
 ) -> Iterator[Result]:
     """Fan out over a Ray cluster, which needs this environment's packages on its machines."""
+    with ray_cluster(address):
+        import ray
+
+        try:
+            task: Any = ray.remote(max_retries=RETRIES)(_call)
+            shared = ray.put(work)
+            waiting: deque[ray.ObjectRef] = deque()
+            for chunk in chunks:
+                waiting.append(task.remote(shared, chunk))
+                # Asked each time, because machines come and go.
+                while len(waiting) >= 2 * max(1, ray.cluster_resources().get("CPU", 1)):
+                    yield ray.get(waiting.popleft())
+            while waiting:
+                yield ray.get(waiting.popleft())
+        except ray.exceptions.RayTaskError as error:
+            raise error.cause from None
+        except (ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError):
+            raise GrimaceError(
+                f"the Ray cluster at {address} lost the same work {RETRIES + 1} times, probably "
+                "because its machines ran out of memory: give each fewer CPUs "
+                "(`ray start --num-cpus`)"
+            ) from None
+
+
+@contextmanager
+def ray_cluster(address: str) -> Iterator[None]:
+    """Join a Ray cluster, unless that was done, and bring it this code; leave it in the end.
+
+    Args:
+        address: HOST:PORT from one of its machines, ray://HOST:PORT from elsewhere.
+
+    Raises:
+        GrimaceError: Ray is not installed, or the cluster cannot be used.
+    """
     try:
         import ray
     except ImportError:
@@ -152,23 +186,7 @@ def _on_cluster(
     if ours:
         _connect(address)
     try:
-        task: Any = ray.remote(max_retries=RETRIES)(_call)
-        shared = ray.put(work)
-        waiting: deque[ray.ObjectRef] = deque()
-        for chunk in chunks:
-            waiting.append(task.remote(shared, chunk))
-            # Asked each time, because machines come and go.
-            while len(waiting) >= 2 * max(1, ray.cluster_resources().get("CPU", 1)):
-                yield ray.get(waiting.popleft())
-        while waiting:
-            yield ray.get(waiting.popleft())
-    except ray.exceptions.RayTaskError as error:
-        raise error.cause from None
-    except (ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError):
-        raise GrimaceError(
-            f"the Ray cluster at {address} lost the same work {RETRIES + 1} times, probably "
-            "because its machines ran out of memory: give each fewer CPUs (`ray start --num-cpus`)"
-        ) from None
+        yield
     finally:
         if ours:
             ray.shutdown()

@@ -30,6 +30,7 @@ from pipelines.cli import GrimaceError, run
 from pipelines.distill import teacher_answers
 from pipelines.job import Job, plain, read_job, write_job
 from pipelines.progress import progress
+from pipelines.replicas import ALONE, Replicas, replicas_of
 from pipelines.schedules import (
     History,
     best_epoch,
@@ -38,12 +39,18 @@ from pipelines.schedules import (
     phase_at,
     plateau_rate,
 )
-from pipelines.shards import read_meta, read_view
+from pipelines.shards import View, read_meta, read_view
 
 TASKS = {"emotion": emotion, "landmarks": landmarks}
 BEST = "best.weights.h5"  # of the epoch that did best so far, in the checkpoint
 STATISTICS = 2048  # images from which the statistics of averaged weights are taken
 TIMED_STEPS, TIMED_ROUNDS = 10, 3
+
+OnEpoch = Callable[[int, dict[str, float]], None]
+
+
+class OutOfMemory(GrimaceError):
+    """Memory has run out, perhaps on one of several machines alone."""
 
 
 def main() -> None:
@@ -54,6 +61,9 @@ def main() -> None:
     parser.add_argument("--job", type=Path, required=True, help="JSON with the fields of a job")
     parser.add_argument("--shards", type=Path, required=True, help="data/augment/TASK")
     parser.add_argument("--out", type=Path, help="where the model is to go")
+    parser.add_argument(
+        "--devices", type=int, default=1, help="of this machine, under JAX; 0: all (default: 1)"
+    )
     parser.add_argument(
         "--time",
         action="store_true",
@@ -66,7 +76,7 @@ def main() -> None:
     elif args.out is None:
         parser.error("--out is needed: where the model is to go")
     else:
-        fit(job, args.shards, args.out, checkpoint=args.out / "checkpoint")
+        fit(job, args.shards, args.out, args.out / "checkpoint", devices=args.devices)
 
 
 def fit(
@@ -74,9 +84,13 @@ def fit(
     shards: Path,
     out: Path,
     checkpoint: Path,
-    on_epoch: Callable[[int, dict[str, float]], None] = lambda epoch, row: None,
+    on_epoch: OnEpoch = lambda epoch, row: None,
+    devices: int = 1,
 ) -> keras.Model:
     """Train, or go on training, and write what comes of it.
+
+    Processes that `keras.distribution.initialize` has joined train together when each calls this
+    with the same arguments, which name folders on a disk that they share; the first one writes.
 
     Args:
         job: what to train.
@@ -86,44 +100,72 @@ def fit(
         checkpoint: holds the state between epochs; the caller removes it when all is done.
         on_epoch: called with each epoch's number from 0 and its figures, when the epoch's state
             is saved; where a training is resumed, first with those of the epochs before.
+        devices: of this process, which train together (`pipelines.replicas`); 0 for all.
 
     Returns:
         The model written.
 
     Raises:
-        GrimaceError: the loss is no longer a number, memory has run out, the job does not fit the
-            shards or names a network or teacher that is not there. The last good checkpoint is
-            kept.
+        OutOfMemory: memory has run out.
+        GrimaceError: the loss is no longer a number, the job does not fit the shards or devices or
+            names a network or teacher that is not there. The last good checkpoint is kept.
     """
     _check_network(job)
-    meta = read_meta(shards)
-    steps = math.ceil(meta["counts"]["train"] / job.batch)
+    meta, replicas = read_meta(shards), replicas_of(devices, job.batch)
     with _explained(job, checkpoint):
         answers = teacher_answers(job, shards, checkpoint / "teachers")
         keras.utils.set_random_seed(job.seed)
         keras.mixed_precision.set_global_policy(job.precision)
-        validation = Batches(read_view(shards, "val"), job.batch)
-        model, history = _resume(job, meta, steps, checkpoint) or _begin(job, meta, checkpoint)
-        for epoch, row in enumerate(history):
-            on_epoch(epoch, row)
-        while not is_over(job, history):
-            epoch = len(history)
-            if epoch == phase_at(job, epoch).first:
-                _compile(model, job, epoch, steps)
-            if job.schedule == "plateau":
-                model.optimizer.learning_rate = plateau_rate(job, history)
-            _seed_dropout(model, job.seed, epoch * steps)
-            row, own = _fit_epoch(model, job, epoch, _batches_of(job, meta, shards, epoch, answers))
-            scores = model.evaluate(validation, verbose=0, return_dict=True)
-            row |= {f"val_{name}": float(value) for name, value in scores.items()}
-            row["learning_rate"] = float(model.optimizer.learning_rate)
-            _refuse_nan(row, epoch, job, checkpoint)
-            history.append(row)
-            _save_state(model, own, history, checkpoint, job)
-            figures = ", ".join(f"{name} {value:.4g}" for name, value in row.items())
-            print(f"epoch {epoch + 1}/{job.epochs}: {figures}", flush=True)
-            on_epoch(epoch, row)
-        return _write_result(job, meta, history, checkpoint, out)
+        with replicas.scope():
+            history = _train(job, meta, shards, checkpoint, on_epoch, answers, replicas)
+        model = _best(job, meta, checkpoint)
+        if replicas.writes:
+            _write_result(model, job, history, out, replicas)
+        return model
+
+
+def _train(
+    job: Job,
+    meta: dict[str, Any],
+    shards: Path,
+    checkpoint: Path,
+    on_epoch: OnEpoch,
+    answers: list[Path],
+    replicas: Replicas,
+) -> History:
+    """Train all epochs that are left; return the figures of all."""
+    steps = math.ceil(replicas.even(meta["counts"]["train"]) / job.batch)
+    validation = read_view(shards, "val")
+    model, history = _resume(job, meta, steps, checkpoint, replicas) or _begin(
+        job, meta, checkpoint, replicas
+    )
+    for epoch, row in enumerate(history):
+        on_epoch(epoch, row)
+    while not is_over(job, history):
+        epoch = len(history)
+        if epoch == phase_at(job, epoch).first:
+            _compile(model, job, epoch, steps)
+        if job.schedule == "plateau":
+            model.optimizer.learning_rate = plateau_rate(job, history)
+        _seed_dropout(model, job.seed, epoch * steps)
+        batches = _batches_of(job, meta, shards, epoch, answers, replicas)
+        row, own = _fit_epoch(model, job, epoch, batches)
+        scores = _validate(model, validation, job.batch, replicas)
+        row |= {f"val_{name}": value for name, value in scores.items()}
+        row["learning_rate"] = float(model.optimizer.learning_rate)
+        _refuse_nan(row, epoch, job, checkpoint)
+        history.append(row)
+        _save_state(model, own, history, checkpoint, job, replicas)
+        if replicas.writes:
+            print(told(job, epoch, row), flush=True)
+        on_epoch(epoch, row)
+    return history
+
+
+def told(job: Job, epoch: int, row: dict[str, float]) -> str:
+    """Return the line that is printed of an epoch."""
+    figures = ", ".join(f"{name} {value:.4g}" for name, value in row.items())
+    return f"epoch {epoch + 1}/{job.epochs}: {figures}"
 
 
 def build(job: Job, meta: dict[str, Any], weights: str | None = None) -> keras.Model:
@@ -154,11 +196,16 @@ def _check_network(job: Job) -> None:
 
 
 def _batches_of(
-    job: Job, meta: dict[str, Any], shards: Path, epoch: int, answers: list[Path]
+    job: Job,
+    meta: dict[str, Any],
+    shards: Path,
+    epoch: int,
+    answers: list[Path],
+    replicas: Replicas = ALONE,
 ) -> Batches:
     number = epoch % meta["views"]
     answer = np.load(answers[number], mmap_mode="r") if answers else None
-    return training_batches(job, read_view(shards, "train", number), epoch, answer)
+    return training_batches(job, read_view(shards, "train", number), epoch, answer, replicas)
 
 
 def compare_precisions(job: Job, shards: Path) -> str:
@@ -190,9 +237,12 @@ def compare_precisions(job: Job, shards: Path) -> str:
     return f"{where}: {figures}; mixed_bfloat16 is {ratio:.2f} times as fast"
 
 
-def _begin(job: Job, meta: dict[str, Any], checkpoint: Path) -> tuple[keras.Model, History]:
-    checkpoint.mkdir(parents=True, exist_ok=True)
-    (checkpoint / "state.json").unlink(missing_ok=True)  # its files are about to be overwritten
+def _begin(
+    job: Job, meta: dict[str, Any], checkpoint: Path, replicas: Replicas
+) -> tuple[keras.Model, History]:
+    if replicas.writes:
+        checkpoint.mkdir(parents=True, exist_ok=True)
+        (checkpoint / "state.json").unlink(missing_ok=True)  # its files are about to be overwritten
     return build(job, meta, job.weights), []
 
 
@@ -221,7 +271,7 @@ def _seed_dropout(model: keras.Model, seed: int, step: int) -> None:
 
 def _fit_epoch(
     model: keras.Model, job: Job, epoch: int, batches: Batches
-) -> tuple[dict[str, float], list[np.ndarray]]:
+) -> tuple[dict[str, float], list[Any]]:
     """Train for one epoch and leave in the model the weights that are to be validated.
 
     Returns:
@@ -247,8 +297,25 @@ def _fit_epoch(
     return row | {"images_per_second": round(len(batches.order) / seconds, 1)}, own
 
 
-def _copied_weights(model: keras.Model) -> list[np.ndarray]:
-    return [np.array(weight) for weight in model.get_weights()]
+def _validate(model: keras.Model, view: View, batch: int, replicas: Replicas) -> dict[str, float]:
+    """Return the loss and metrics, each the mean over all images of a view."""
+    count = len(view.ids)
+    even = replicas.even(count)
+    # Those that cannot be dealt out evenly are asked apart, as often as there are devices, which
+    # leaves their mean the same.
+    rest = np.repeat(np.arange(even, count), replicas.devices)
+    scores: dict[str, float] = {}
+    for order, number in ((np.arange(even), even), (rest, count - even)):
+        if number:
+            batches = Batches(view, batch, order, replicas=replicas)
+            means = model.evaluate(batches, verbose=0, return_dict=True)
+            for name, mean in means.items():
+                scores[name] = scores.get(name, 0.0) + number / count * float(mean)
+    return scores
+
+
+def _copied_weights(model: keras.Model) -> list[Any]:
+    return [keras.ops.copy(weight) for weight in model.weights]  # on the devices that have them
 
 
 def _take_statistics(model: keras.Model, batches: Batches) -> None:
@@ -268,42 +335,66 @@ def _take_statistics(model: keras.Model, batches: Batches) -> None:
     for number in range(min(wanted, len(batches))):
         for layer in layers:
             layer.momentum = number / (number + 1)
-        model(batches[number][0], training=True)
+        model(batches.replicas.spread(batches[number][0]), training=True)
     for layer, momentum in zip(layers, momenta, strict=True):
         layer.momentum = momentum
 
 
+def saved_history(job: Job, checkpoint: Path) -> History:
+    """Return the figures of the epochs that a checkpoint of this very job holds, if any."""
+    history: History = _saved(job, checkpoint).get("history", [])
+    return history
+
+
+def _saved(job: Job, checkpoint: Path) -> dict[str, Any]:
+    state = checkpoint / "state.json"
+    saved: dict[str, Any] = json.loads(state.read_text()) if state.exists() else {}
+    if saved.get("job") != plain(job):
+        return {}
+    if not all((checkpoint / name).exists() for name in (saved["weights"], BEST)):
+        return {}  # killed while it was being removed
+    return saved
+
+
 def _resume(
-    job: Job, meta: dict[str, Any], steps: int, checkpoint: Path
+    job: Job, meta: dict[str, Any], steps: int, checkpoint: Path, replicas: Replicas
 ) -> tuple[keras.Model, History] | None:
     """Return the model and history a checkpoint of this very job holds, if there is one."""
-    state = checkpoint / "state.json"
-    saved = json.loads(state.read_text()) if state.exists() else {}
-    if saved.get("job") != plain(job):
+    saved = _saved(job, checkpoint)
+    history: History = saved.get("history", [])
+    replicas.agree(len(history), "the epoch from which to go on: is the checkpoint's disk shared?")
+    if not saved:
         return None
-    if not all((checkpoint / name).exists() for name in (saved["weights"], BEST)):
-        return None  # killed while it was being removed
-    history: History = saved["history"]
     # With its weights, though others replace them: by them a base is known as pretrained.
     model = build(job, meta, job.weights)
     _compile(model, job, len(history) - 1, steps)
     model.optimizer.build(model.trainable_variables)
     model.load_weights(checkpoint / saved["weights"])
-    print(f"resumed after epoch {len(history)} of {job.epochs}", flush=True)
+    if replicas.writes:
+        print(f"resumed after epoch {len(history)} of {job.epochs}", flush=True)
     return model, history
 
 
 def _save_state(
-    model: keras.Model, own: list[np.ndarray], history: History, checkpoint: Path, job: Job
+    model: keras.Model,
+    own: list[Any],
+    history: History,
+    checkpoint: Path,
+    job: Job,
+    replicas: Replicas,
 ) -> None:
     """Save model and history so that a kill between any two writes leaves a whole state."""
-    if best_epoch(history, job.task) == len(history) - 1:
-        model.save_weights(checkpoint / "partial.weights.h5")
+    if replicas.writes and best_epoch(history, job.task) == len(history) - 1:
+        with replicas.apart():
+            model.save_weights(checkpoint / "partial.weights.h5")
         (checkpoint / "partial.weights.h5").replace(checkpoint / BEST)
     if own:
         model.set_weights(own)
+    if not replicas.writes:
+        return
     name = f"epoch-{len(history):04d}.weights.h5"
-    model.save_weights(checkpoint / name)  # the optimiser's among them
+    with replicas.apart():
+        model.save_weights(checkpoint / name)  # the optimiser's among them
     partial = checkpoint / "state.json.partial"
     partial.write_text(json.dumps({"job": plain(job), "weights": name, "history": history}))
     partial.replace(checkpoint / "state.json")
@@ -312,12 +403,16 @@ def _save_state(
             old.unlink()
 
 
-def _write_result(
-    job: Job, meta: dict[str, Any], history: History, checkpoint: Path, out: Path
-) -> keras.Model:
+def _best(job: Job, meta: dict[str, Any], checkpoint: Path) -> keras.Model:
     keras.mixed_precision.set_global_policy("float32")
     model = build(job, meta, job.weights)
     model.load_weights(checkpoint / BEST)
+    return model
+
+
+def _write_result(
+    model: keras.Model, job: Job, history: History, out: Path, replicas: Replicas
+) -> None:
     out.mkdir(parents=True, exist_ok=True)
     model.save(out / "model.keras")
     with (out / "history.csv").open("w", newline="") as file:
@@ -325,22 +420,23 @@ def _write_result(
         writer.writeheader()
         writer.writerows({"epoch": epoch + 1, **row} for epoch, row in enumerate(history))
     write_job(job, out / "job.json")
-    (out / "machine.json").write_text(json.dumps(machine(), indent=2) + "\n")
-    return model
+    (out / "machine.json").write_text(json.dumps(machine(replicas), indent=2) + "\n")
 
 
-def machine() -> dict[str, str]:
-    """Say on what this process trains."""
+def machine(replicas: Replicas = ALONE) -> dict[str, str]:
+    """Say on what a training ran; the devices are all that this process sees."""
     devices = keras.distribution.list_devices()
     if keras.backend.backend() == "jax":
         import jax
 
-        devices = [device.device_kind for device in jax.devices()]
+        devices = [device.device_kind for device in jax.local_devices()]
     return {
         "backend": keras.backend.backend(),
         "devices": ", ".join(devices),
         "keras": keras.__version__,
         "python": platform.python_version(),
+        "replicas": str(replicas.devices),
+        "processes": str(replicas.processes),
     }
 
 
@@ -353,7 +449,7 @@ def _explained(job: Job, checkpoint: Path) -> Iterator[None]:
         named = isinstance(error, MemoryError) or type(error).__name__ == "ResourceExhaustedError"
         if not named and "RESOURCE_EXHAUSTED" not in str(error):  # JAX only says so
             raise
-        raise GrimaceError(
+        raise OutOfMemory(
             f"training {job.name}: out of memory. Make batch smaller (now {job.batch}), use "
             f"precision mixed_bfloat16 (now {job.precision}) or a smaller network, or leave more "
             f"memory free. {_kept(checkpoint)}"

@@ -393,7 +393,11 @@ class AugmentTask(_Section):
 
 
 class Cluster(_Section):
-    """Where `filter` and `augment` fan out: the `address` of a Ray cluster, or null for here."""
+    """Where `filter` and `augment` fan out, and `train` with several workers.
+
+    Attributes:
+        address: of a Ray cluster; null for here.
+    """
 
     address: Annotated[str, Field(pattern=r"^(ray://)?[^/:]+:[0-9]+$")] | None
 
@@ -524,9 +528,21 @@ class TrainJob(_Section):
 
 
 class Train(_Section):
-    """All trainings, named TASK-MODEL."""
+    """All trainings, and on how many devices each runs. These do not change what comes of it.
+
+    Attributes:
+        jobs: by name, TASK-MODEL.
+        devices: of this machine, or of each worker, that train together, under JAX; 0 for all of
+            this machine's.
+        workers: processes that train together, one or more a machine of the cluster at
+            `cluster.address`; 1 for this process.
+        restarts: of the workers, after one of them failed, before the training is given up.
+    """
 
     jobs: dict[str, TrainJob]
+    devices: Annotated[int, Field(ge=0)] = 1
+    workers: PositiveInt = 1
+    restarts: Annotated[int, Field(ge=0)] = 3
 
     @model_validator(mode="after")
     def _names_say_what_is_trained(self) -> Self:
@@ -760,6 +776,17 @@ class Params(_Section):
                 raise ValueError(f"tasks.{task}.dataset: {wrong}")
             if not any(job.task == task for job in self.train.jobs.values()):
                 raise ValueError(f"train.jobs has no model for task {task}")
+        return self
+
+    @model_validator(mode="after")
+    def _workers_have_a_cluster(self) -> Self:
+        if self.train.workers > 1 and self.cluster.address is None:
+            raise ValueError(
+                f"train.workers: {self.train.workers} need a cluster; set cluster.address, or "
+                "train.devices for several devices of this machine"
+            )
+        if self.train.workers > 1 and self.train.devices == 0:
+            raise ValueError("train.devices: on a cluster, say how many each worker is to have")
         return self
 
     @model_validator(mode="after")

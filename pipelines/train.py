@@ -74,17 +74,35 @@ def train(name: str, params: Params, shards: Path, out: Path) -> None:
     Raises:
         GrimaceError: as `pipelines.fit.fit`; or MLflow does not answer before it has begun.
     """
-    from pipelines.fit import fit
-
     deliver(params)
     job = resolve(name, params, shards)
     folder = CHECKPOINTS / f"{name}-{_digest(job)}"
     with _run(job, params, shards, folder, tracking.provenance(shards)) as journal:
         if not (folder / "result").exists():
             with whole_folder(folder / "result") as partial:
-                fit(job, shards, partial, folder, lambda n, row: journal.add(metrics=row, step=n))
+                _fit(job, params, shards, partial, folder, journal)
         _hand_over(journal, shards, out)
     _clear(journal, out)
+
+
+def _fit(
+    job: Job, params: Params, shards: Path, out: Path, folder: Path, journal: tracking.Journal
+) -> None:
+    """Train here or on the cluster, as params say."""
+    settings, address = params.train, params.cluster.address
+
+    def on_epoch(epoch: int, row: dict[str, float]) -> None:
+        journal.add(metrics=row, step=epoch)
+
+    if settings.workers == 1 or address is None:
+        from pipelines.fit import fit
+
+        fit(job, shards, out, folder, on_epoch, settings.devices)
+    else:
+        from pipelines.cluster import fit_on_cluster
+
+        group = settings.workers, settings.devices, settings.restarts
+        fit_on_cluster(job, shards, out, folder, on_epoch, address, *group)
 
 
 def take(name: str, params: Params, shards: Path, out: Path, came: Path) -> None:

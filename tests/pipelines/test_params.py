@@ -122,6 +122,8 @@ def test_unknown_key_like_no_other(load: Load) -> None:
         ("tasks.emotion.channels", 2),
         ("augment.workers", -1),
         ("cluster.address", "auto"),
+        ("train.workers", 0),
+        ("train.devices", -1),
         ("augment.landmarks.views", 0),
         ("augment.landmarks.jitter_scale", 1),
         ("download.fer2013.sha256.0", "26c5"),
@@ -180,10 +182,21 @@ def test_missing_transform_name(load: Load) -> None:
         ),
         ("filter.overrides", {"fer2031": {}}, "filter: overrides names unknown datasets: fer2031"),
         ("filter.restore", {"fer2031": []}, "filter: restore names unknown datasets: fer2031"),
+        ("train.workers", 2, "train.workers: 2 need a cluster; set cluster.address, or train.dev"),
     ],
 )
 def test_values_that_do_not_fit_each_other(load: Load, key: str, value: Any, words: str) -> None:
     assert complaint(load, changed(key, value)).startswith(words)
+
+
+def test_workers_say_how_many_devices_they_have(load: Load) -> None:
+    raw = changed("cluster.address", "10.0.0.1:6379")
+    raw["train"] |= {"workers": 4, "devices": 0}
+    assert (
+        complaint(load, raw) == "train.devices: on a cluster, say how many each worker is to have"
+    )
+    raw["train"]["devices"] = 8
+    assert (load(raw).train.workers, load(raw).train.devices) == (4, 8)
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,6 @@ import yaml
 
 from pipelines import fit, tracking, train
 from pipelines.cli import GrimaceError
-from pipelines.job import read_job
 from pipelines.params import Params, load_params
 from pipelines.shards import read_view
 
@@ -209,12 +208,17 @@ def command(root: Path, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> Non
 
 @pytest.fixture
 def came(trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """What `pipelines.fit` wrote on another machine of the job it was given."""
-    command(trained.root, monkeypatch, "--write-job", str(tmp_path / "job.json"))
-    folder = tmp_path / "came"
-    fit.fit(read_job(tmp_path / "job.json"), SHARDS, folder, tmp_path / "checkpoint")
-    machine = json.loads((folder / "machine.json").read_text())
-    (folder / "machine.json").write_text(json.dumps(machine | {"backend": "jax"}))
+    """What `pipelines.fit` makes of the job under JAX, where the rest is not installed."""
+    job, folder, blocked = (tmp_path / name for name in ("job.json", "came", "blocked"))
+    command(trained.root, monkeypatch, "--write-job", str(job))
+    blocked.mkdir()
+    for package in ("tensorflow", "mlflow", "dvc", "prefect", "pandas", "pydantic", "psutil"):
+        (blocked / f"{package}.py").write_text("raise ImportError('not on this machine')\n")
+    jax = {"KERAS_BACKEND": "jax", "JAX_PLATFORMS": "cpu", "PYTHONPATH": f"{blocked}:{ROOT}"}
+    there = ["--job", job, "--shards", SHARDS, "--out", folder]
+    subprocess.run(
+        [sys.executable, "-m", "pipelines.fit", *there], env=os.environ | jax, check=True
+    )
     return folder
 
 
@@ -243,8 +247,6 @@ def test_what_comes_back_is_taken_in_as_if_trained_here(
     rows = list(csv.DictReader((came / "history.csv").open()))
     history = mlflow.MlflowClient().get_metric_history(found.info.run_id, "val_loss")
     assert [metric.value for metric in history] == [float(row["val_loss"]) for row in rows]
-    # The same seed, job and shards, in another process: the same model.
-    assert found.data.metrics["val_loss"] == trained.run.data.metrics["val_loss"]
     logged = mlflow.pyfunc.load_model(f"runs:/{found.info.run_id}/model")
     images = read_view(trained.root / SHARDS, "val").images.astype(np.float32)
     assert logged.predict(images).shape == (16, 7)
@@ -294,7 +296,7 @@ def test_a_training_that_ends_without_mlflow_is_kept_and_told_later(
     root, out, real = trained.root, tmp_path / "out", fit.fit
 
     def leaves(*arguments: Any) -> Any:
-        *rest, on_epoch = arguments
+        *rest, on_epoch, devices = arguments
 
         def told(epoch: int, row: dict[str, float]) -> None:
             if epoch == 2:
@@ -302,7 +304,7 @@ def test_a_training_that_ends_without_mlflow_is_kept_and_told_later(
                 mlflow.set_tracking_uri("http://127.0.0.1:9")
             on_epoch(epoch, row)
 
-        return real(*rest, told)
+        return real(*rest, told, devices)
 
     with monkeypatch.context() as patch:
         patch.setattr(fit, "fit", leaves)
