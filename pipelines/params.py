@@ -615,9 +615,20 @@ class Select(_Section):
 
 
 class Export(_Section):
-    """Calibration images (from the train split) and TensorRT targets to build engines for."""
+    """How deployables are made.
+
+    Attributes:
+        calibration: images of the train split, of all classes alike, that the ranges of int8
+            activations are taken from.
+        trial: images of validation on which recipes are compared.
+        aim: share of what `verify` allows that int8 may lose on these before its most sensitive
+            layers are left in float.
+        engines: TensorRT targets to build engines for.
+    """
 
     calibration: Annotated[int, Field(ge=16)]
+    trial: Annotated[int, Field(ge=16)]
+    aim: Annotated[float, Field(gt=0.0, le=1.0)]
     engines: tuple[Annotated[str, Field(pattern="^sm[0-9]{2,3}$")], ...]
 
 
