@@ -78,14 +78,13 @@ def calibrate(task: TaskName, params: Params, predict: Any) -> Calibration:
     trial = faces_of_side(task, crop, "val", limit=settings.trial)
     answers = predict(trial.images)
     emotion = task == "emotion"
-    budget = params.verify.accuracy_points if emotion else params.verify.nme_relative
     return Calibration(
         images=train.images.astype(np.float32),
         trial=trial.images.astype(np.float32),
         loss=(lambda outputs: points_lost(answers, outputs))
         if emotion
         else (lambda outputs: nme_risen(trial, answers, outputs)),
-        bound=settings.aim * budget,
+        bound=settings.aim * params.verify.budget(task, crop.dataset),
         unit="expected points of accuracy" if emotion else "of the float32 NME",
     )
 
@@ -145,10 +144,10 @@ def tell_quantisation(variants: dict[str, dict[str, Any]]) -> None:
     """Print what the search for sensitive layers came to."""
     for name, facts in variants.items():
         if found := facts.get("quantisation"):
-            kept = ", ".join(layer["layer"] for layer in found["float_layers"]) or "none"
             print(
-                f"  {name}: {found['loss']:.4f} {found['unit']} on validation, "
-                f"{found['bound']:.4f} aimed at; layers left in float: {kept}"
+                f"  {name}: loses {found['loss']:.4f} {found['unit']} on validation, "
+                f"{found['bound']:.4f} aimed at; {len(found['float_layers'])} of "
+                f"{found['layers']} layers left in float"
             )
 
 

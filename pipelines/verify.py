@@ -29,7 +29,7 @@ from pipelines.evaluate import (
     write_plots,
 )
 from pipelines.pages.verification import write_verification
-from pipelines.params import Evaluate, Params, TaskName, Verify, load_params
+from pipelines.params import Evaluate, Params, TaskName, load_params
 from pipelines.runtimes import load
 from pipelines.runtimes.probe import probe
 
@@ -68,6 +68,7 @@ def verify(task: TaskName, params: Params) -> None:
     print(f"candidate: {headline(test.scores)}")
 
     digest = tracking.sha256(candidate)
+    budget = params.verify.budget(task, params.tasks.named(task).dataset)
     found, gates = deployables(Path("deploy", task), task, digest)
     numerics, perf, made, engines = {}, {}, {}, {}
     for name, deployable in found.items():
@@ -77,7 +78,7 @@ def verify(task: TaskName, params: Params) -> None:
             continue
         try:
             numerics[name], perf[name] = try_out(deployable, test, params)
-            gates.append(judge(task, name, numerics[name], test.scores, params.verify))
+            gates.append(judge(name, numerics[name], test.scores, budget))
             print(f"{name}: {headline(numerics[name])}, {perf[name]['p50_ms']:.2f} ms")
         # Whatever a runtime raises: what could not be measured has failed, and the others go on.
         except Exception as error:
@@ -268,13 +269,11 @@ def loss_interval(
     return [float(low), float(high)]
 
 
-def judge(
-    task: TaskName, name: str, scores: dict[str, Any], test: dict[str, Any], settings: Verify
-) -> dict[str, Any]:
+def judge(name: str, scores: dict[str, Any], test: dict[str, Any], bound: float) -> dict[str, Any]:
     """Return the gate of one deployable: what it lost, and what it was allowed to lose."""
-    bound = settings.accuracy_points if task == "emotion" else settings.nme_relative
     # A loss of just the bound must not fail over the last bit: 0.71 - 0.70 is above 0.01.
     passed = bool(scores["n"] == test["n"] and scores["loss"] <= bound + 1e-9)
+    task = scores["task"]
     unit = "points of accuracy" if task == "emotion" else "of the float32 NME"
     lost = f"{scores['loss']:.2f}" if task == "emotion" else f"{scores['loss']:.2%}"
     allowed = f"{bound:.2f}" if task == "emotion" else f"{bound:.2%}"

@@ -1,11 +1,11 @@
-"""What is handed out: a folder of graphs in one format, with all that is needed to use and trust it.
+"""What is handed out: graphs in one format, with all that is needed to use and trust them.
 
     deploy/TASK/FORMAT/
         float32.tflite …      the graphs; a TF.js graph is a folder
         manifest.json         what there is and how to use it, see `describe`
-        manifest.sig          a signature of that file's bytes, see `pipelines.bundles.signatures`
-        golden.json           images and what the trained model answers, see `pipelines.bundles.golden`
-        sbom.cdx.json         CycloneDX: what the graphs were made of and with, and what runs them
+        manifest.sig          a signature of that file's bytes, see `signatures`
+        golden.json           images and what the trained model answers, see `golden`
+        sbom.cdx.json         CycloneDX: what the graphs are made of and with, and what runs them
         README.md             a card for people
 
 The manifest lists every other file but the signature with its size and SHA-256, so that the
@@ -31,7 +31,10 @@ TOLERANCES = {"float32": 1e-4, "float16": 5e-3, "uint8": 0.05, "dynamic int8": 0
 
 
 def describe(
-    target: str, variants: Mapping[str, dict[str, Any]], meta: dict[str, Any], source: dict[str, Any]
+    target: str,
+    variants: Mapping[str, dict[str, Any]],
+    meta: dict[str, Any],
+    source: dict[str, Any],
 ) -> dict[str, Any]:
     """Return a manifest without its list of files: all that an application must know.
 

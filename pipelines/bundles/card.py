@@ -57,8 +57,7 @@ def text(manifest: dict[str, Any]) -> str:
     use = USE[target].format(height=height, width=width, channels=channels)
     validation = source.get("validation")
     scored = (
-        f"On validation the float32 model has {validation['metric']} "
-        f"{validation['value']:.4f}. "
+        f"On validation the float32 model has {validation['metric']} {validation['value']:.4f}. "
         if validation
         else ""
     )

@@ -1,5 +1,4 @@
-"""ONNX graphs in float32, float16 and with explicit int8 quantisation, for ONNX Runtime and
-TensorRT."""
+"""ONNX graphs for ONNX Runtime and TensorRT: float32, float16 and explicit int8 quantisation."""
 
 import re
 from collections.abc import Iterator, Sequence

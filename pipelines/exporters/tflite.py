@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from shutil import move
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -19,9 +19,6 @@ from pipelines.cli import whole_folder
 from pipelines.exporters.quantisation import Calibration, spare_layers
 from pipelines.exporters.quiet import quiet
 from pipelines.exporters.source import DECODED, check_calibration, open_model, signature
-
-if TYPE_CHECKING:
-    import tensorflow as tf
 
 WEIGHTED = ("CONV_2D", "DEPTHWISE_CONV_2D", "FULLY_CONNECTED", "BATCH_MATMUL")
 
