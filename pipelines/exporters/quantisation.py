@@ -57,10 +57,10 @@ def spare_layers(
 
     First, of every layer, how far the outputs still move from those of the float graph when it
     alone is left in float (a leave-one-out sensitivity analysis on calibration images). Then
-    layers are added one by one: of the first, the last and the most sensitive one that still
-    compute in eight bits, the one that leaves the least movement. The ends are always asked, for
-    what a layer loses often stands only in what the one before it gives out, and ends of networks
-    are where this counts. It ends when the loss on the trial faces is within the bound, or when
+    layers are added: of the last, the last two, the first, the first two and the most sensitive
+    that still compute in eight bits, those that take away the most movement a layer. Two at the
+    ends, for what a layer loses may stand in what the one before it gives out, so that one of
+    them alone cures nothing. It ends when the loss on the trial faces is within the bound, or when
     one layer is left: with none it would be the float graph.
 
     Args:
@@ -71,8 +71,8 @@ def spare_layers(
 
     Returns:
         The graph that keeps to the bound, or else loses least; and what was found, ready for
-        JSON: `loss` and `bound` in `unit`, `loss_all_int8`, `float_layers` in the order they were
-        added, each with the root mean square by which outputs then `moved` and the `loss` then,
+        JSON: `loss` and `bound` in `unit`, `loss_all_int8`, `float_layers`, the `steps` that led
+        to them, each with the root mean square by which outputs then `moved` and the `loss` then,
         `moved_all_int8`, `moved_alone` by layer, and how many graphs were `tried`.
     """
     tried = 0
@@ -90,6 +90,7 @@ def spare_layers(
         "loss_all_int8": loss,
         "layers": len(layers),
         "float_layers": [],
+        "steps": [],
     }
     if loss <= calibration.bound or len(layers) < 2:
         return best, found | {"loss": loss, "tried": tried}
@@ -101,20 +102,27 @@ def spare_layers(
         tried += 1
         return float(np.sqrt(np.mean((answers(quantise(kept), probes) - wanted) ** 2)))
 
-    found["moved_all_int8"] = movement(())
+    now = found["moved_all_int8"] = movement(())
     progress = tqdm(layers, "layers", delay=3, leave=False, disable=None)
-    alone = {layer: movement([layer]) for layer in progress}
-    found["moved_alone"] = alone
+    alone = found["moved_alone"] = {layer: movement([layer]) for layer in progress}
+    kept: list[str] = []
     steps: list[dict[str, Any]] = []
     lost = loss
-    while lost > calibration.bound and len(steps) < len(layers) - 1:
-        kept = [step["layer"] for step in steps]
+    while lost > calibration.bound and len(kept) < len(layers) - 1:
         left = [layer for layer in layers if layer not in kept]
-        asked = dict.fromkeys((left[0], left[-1], min(left, key=alone.__getitem__)))
-        moved = {layer: movement([*kept, layer]) if kept else alone[layer] for layer in asked}
-        chosen = min(moved, key=moved.__getitem__)
-        graph, lost = make([*kept, chosen])
-        steps.append({"layer": chosen, "moved": moved[chosen], "loss": lost})
+        sensitive = min(left, key=alone.__getitem__)
+        asked = [left[-1:], left[-2:], left[:1], left[:2], [sensitive]]
+        moved = {
+            tuple(more): alone[more[0]] if not kept and len(more) == 1 else movement(kept + more)
+            for more in asked
+            if len(more) < len(left)
+        }
+        gain = {more: (now - then) / len(more) for more, then in moved.items()}
+        chosen = max(gain, key=gain.__getitem__)
+        now, kept = moved[chosen], [*kept, *chosen]
+        graph, lost = make(kept)
+        steps.append({"layers": list(chosen), "moved": now, "loss": lost})
         if lost < loss:
-            best, loss, found["float_layers"] = graph, lost, list(steps)
+            best, loss = graph, lost
+            found |= {"float_layers": kept, "steps": list(steps)}
     return best, found | {"loss": loss, "tried": tried}

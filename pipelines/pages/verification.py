@@ -162,11 +162,14 @@ def _float_layers(made: Rows) -> list[Markup | str]:
         )
         blocks.append(said)
         if kept:
+            steps = found["steps"]
             table = pd.DataFrame(
                 {
-                    "layer": [step["layer"].split(";")[0] for step in kept],
-                    "movement left": [step["moved"] for step in kept],
-                    "loss left": [step["loss"] for step in kept],
+                    "layers": [
+                        ", ".join(layer.split(";")[0] for layer in step["layers"]) for step in steps
+                    ],
+                    "movement left": [step["moved"] for step in steps],
+                    "loss left": [step["loss"] for step in steps],
                 }
             )
             blocks.append(pages.table(table, f"{label}: left in float, in this order"))

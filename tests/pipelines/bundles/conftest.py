@@ -22,7 +22,7 @@ SOURCE = {
     "git_commit": "1" * 40,
     "validation": {"metric": "accuracy", "value": 0.75},
 }
-QUANTISATION = {"layers": 3, "float_layers": [{"layer": "x", "moved": 0.1, "loss": 0.0}]}
+QUANTISATION = {"layers": 3, "float_layers": ["x"]}
 VARIANTS = {
     "tflite": {
         "float32": {"file": "float32.tflite", "precision": "float32", "versions": {"schema": 3}},

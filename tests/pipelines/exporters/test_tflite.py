@@ -77,7 +77,7 @@ def test_layers_stay_in_float_until_the_bound_is_kept(landmark_model, tmp_path):
     assert found["loss"] <= bound or len(kept) == found["layers"] - 1
     errors = model.errors(tmp_path / "out" / "int8.tflite")
     assert errors.mean() == pytest.approx(found["loss"], rel=1e-3)
-    assert kept[-1]["moved"] < found["moved_all_int8"]
+    assert found["steps"][-1]["moved"] < found["moved_all_int8"]
 
 
 def operations(file):
