@@ -74,9 +74,10 @@ def test_the_most_sensitive_layers_go_first_and_no_more_than_needed(search):
 
 @pytest.mark.parametrize("pair", [{"d", "e"}, {"a", "b"}])
 def test_what_only_two_layers_together_cure_is_found_at_the_ends(search, pair):
-    kept, found = search(
-        lambda kept: 0.4 * (not {"d", "e"} <= kept) + 0.1 * ("a" not in kept), 0.15
-    )
+    def error(kept):
+        return 0.4 * (not pair <= kept) + 0.1 * ("c" not in kept)
+
+    kept, found = search(error, bound=0.15)
     assert set(kept) == pair
     assert found["loss"] <= 0.15
 
