@@ -167,7 +167,7 @@ def deployables(
         for variant, facts in manifest["variants"].items():
             name, file = f"{target}/{variant}", facts["file"]
             try:
-                bundles.check_files(bundle, manifest, lambda part, file=file: part == file)
+                bundles.check_files(bundle, manifest, file.__eq__)
                 found[name] = Deployable(bundle / file, facts)
             except GrimaceError as error:
                 gates.append(failed(name, error))

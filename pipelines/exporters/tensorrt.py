@@ -34,18 +34,21 @@ def main() -> None:
         help="compute capability of the GPU that will run it, such as sm89; left out, the GPU of "
         "this machine. Another GPU than this machine's needs TensorRT for RTX",
     )
-    parser.add_argument("--out", type=Path, required=True, help="the engine file to write")
+    parser.add_argument(
+        "--out", type=Path, help="the engine file to write; default: GRAPH.TARGET.engine beside it"
+    )
     arguments = parser.parse_args()
     target = arguments.target or _capability_here()
     if target is None:
         raise GrimaceError("this machine has no NVIDIA GPU to build for; name one with --target")
     trt = find_tensorrt(target)
     engine = build_engine(trt, arguments.onnx, target)
-    partial = arguments.out.with_name(f".{arguments.out.name}.partial")
+    out = arguments.out or arguments.onnx.with_suffix(f".{target}.engine")
+    partial = out.with_name(f".{out.name}.partial")
     partial.write_bytes(engine)
-    partial.replace(arguments.out)
+    partial.replace(out)
     print(
-        f"{arguments.out}: {len(engine) / 1e6:.1f} MB for {target}, built by "
+        f"{out}: {len(engine) / 1e6:.1f} MB for {target}, built by "
         f"{trt.__name__} {trt.__version__}; it loads in that version"
     )
 
