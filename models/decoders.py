@@ -6,6 +6,13 @@ eight bits would blur, to float arithmetic:
 
     head = keras.Model(model.inputs, model.get_layer(decoders.LOGITS).output)
     tail = keras.Model(head.outputs, model.outputs)
+
+A place is the expectation under the softmax of the logits, which has no factor β. The layer before
+it is linear and learns its own scale, so that β would only scale that layer's first weights and its
+steps. At β = 1, which Sun et al. take too, the untrained distribution is nearly even and its mean
+near the middle of the crop, and every cell gets a gradient; at a large β only those near the
+highest do. What an even background adds, a pull towards the middle (Gu et al. 2021), the loss sees
+and training corrects, since it acts on the mean itself.
 """
 
 import keras
@@ -39,7 +46,8 @@ def one_dimensional(x: keras.KerasTensor, points: int, bins: int) -> keras.Keras
     x = layers.Permute((2, 1))(x)
     x = layers.Dense(2 * bins, dtype="float32", name=LOGITS)(x)
     x = layers.Reshape((2 * points, bins), dtype="float32")(x)
-    x = _expectation(x, _centres(bins)[:, None] * (1 + 2 * REACH) - REACH)
+    shares = layers.Softmax(dtype="float32")(x)
+    x = ops.matmul(shares, _column(_centres(bins) * (1 + 2 * REACH) - REACH))
     return layers.Reshape((points, 2), dtype="float32")(x)
 
 
@@ -59,22 +67,17 @@ def two_dimensional(x: keras.KerasTensor, points: int) -> keras.KerasTensor:
     x = layers.Conv2D(points, 1, use_bias=False, dtype="float32", name=LOGITS)(x)
     x = layers.Reshape((height * width, points), dtype="float32")(x)
     x = layers.Permute((2, 1), dtype="float32")(x)
-    ys, xs = np.meshgrid(_centres(height), _centres(width), indexing="ij")
-    return _expectation(x, np.stack([xs.ravel(), ys.ravel()], 1))
+    shares = layers.Softmax(dtype="float32")(x)
+    shares = layers.Reshape((points, height, width), dtype="float32")(shares)
+    # By columns and by rows: of a matrix of all cells' places, converters would take the
+    # entries for weights, and round the coordinates to eight bits.
+    x = ops.matmul(ops.sum(shares, axis=2), _column(_centres(width)))
+    y = ops.matmul(ops.sum(shares, axis=3), _column(_centres(height)))
+    return layers.Concatenate(axis=-1, dtype="float32")([x, y])
 
 
-def _expectation(logits: keras.KerasTensor, places: np.ndarray) -> keras.KerasTensor:
-    """Return the mean of `places`, (cells, D), under the softmax of logits, (…, cells).
-
-    The softmax has no factor β. The layer before it is linear and learns its own scale, so that β
-    would only scale that layer's first weights and its steps. At β = 1, which Sun et al. take too,
-    the untrained distribution is nearly even and its mean near the middle of the crop, and every
-    cell gets a gradient; at a large β only those near the highest do. What an even background
-    adds, a pull towards the middle (Gu et al. 2021), the loss sees and training
-    corrects, since it acts on the mean itself.
-    """
-    shares = layers.Softmax(dtype="float32")(logits)
-    return ops.matmul(shares, places.astype(np.float32))
+def _column(places: np.ndarray) -> np.ndarray:
+    return places.astype(np.float32)[:, None]
 
 
 def _centres(cells: int) -> np.ndarray:

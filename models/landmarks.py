@@ -138,7 +138,7 @@ def heatmap(
     Output: float32 (N, 68, 2), (x, y) in crop units, half a cell (1/48) inside [0, 1]
     Setting: size 96, channels 1, widths (32, 64, 96), points 68
     Parameters: 533,072
-    Multiply-adds: 67,631,616
+    Multiply-adds: 67,556,544
     Score: docs/results
     """
     x = layers.Rescaling(1 / 127.5, offset=-1)(image)

@@ -361,26 +361,50 @@ def with_traits(faces: Faces, task: Task) -> Faces:
 
 
 def faces_of_side(
-    name: TaskName, task: Task, side: str, limit: int | None = None, five: bool = False
+    name: TaskName,
+    task: Task,
+    side: str,
+    limit: int | None = None,
+    five: bool = False,
+    balanced: bool = False,
 ) -> Faces:
     """Load one side of the task's clean dataset, cropped as in deployment.
 
     Of the train side, what training heeds: examples of weight 0 are left out. With `limit`, only
-    so many, evenly spaced over the side. With `five`, corner crops too.
+    so many, evenly spaced over the side; with `balanced` too, as many of each emotion as there
+    can be. With `five`, corner crops too.
     """
     clean = Path("data/clean", task.dataset)
     index = pd.read_parquet(Path("data/split", task.dataset, "index.parquet"))
     there = set(index.loc[index["split"] == side, "id"])
-    ids = [
-        row.id
+    found = [
+        row
         for row in read_examples(clean, images=False)
         if row.id in there and (side != "train" or row.weight > 0)
     ]
-    if limit is not None and limit < len(ids):
-        ids = [ids[place] for place in np.linspace(0, len(ids) - 1, limit).astype(int)]
-    wanted = set(ids)
+    if limit is not None and limit < len(found):
+        found = _some(found, limit, balanced)
+    wanted = {row.id for row in found}
     rows = (row for row in read_examples(clean) if row.id in wanted)
     return crop_all(rows, name, task, five=five)
+
+
+def _some(rows: list[Example], limit: int, balanced: bool) -> list[Example]:
+    """Pick `limit` rows; where `balanced`, what a small class lacks the larger ones make up for."""
+
+    def spaced(among: list[Example], count: int) -> list[Example]:
+        places = np.linspace(0, len(among) - 1, min(count, len(among))).astype(int)
+        return [among[place] for place in places]
+
+    if not balanced:
+        return spaced(rows, limit)
+    classes: dict[int, list[Example]] = {}
+    for row in rows:
+        classes.setdefault(row.emotion, []).append(row)
+    picked: list[Example] = []
+    for done, members in enumerate(sorted(classes.values(), key=len)):
+        picked += spaced(members, (limit - len(picked)) // (len(classes) - done))
+    return picked
 
 
 def faces_of_archive(

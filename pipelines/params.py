@@ -638,9 +638,20 @@ class Select(_Section):
 
 
 class Export(_Section):
-    """Calibration images (from the train split) and TensorRT targets to build engines for."""
+    """How deployables are made.
+
+    Attributes:
+        calibration: images of the train split, of all classes alike, that the ranges of int8
+            activations are taken from.
+        trial: images of validation on which recipes are compared.
+        aim: share of what `verify` allows that int8 may lose on these before its most sensitive
+            layers are left in float.
+        engines: TensorRT targets to build engines for.
+    """
 
     calibration: Annotated[int, Field(ge=16)]
+    trial: Annotated[int, Field(ge=16)]
+    aim: Annotated[float, Field(gt=0.0, le=1.0)]
     engines: tuple[Annotated[str, Field(pattern="^sm[0-9]{2,3}$")], ...]
 
 
@@ -648,14 +659,31 @@ class Verify(_Section):
     """What a deployable may lose against float32, and how its latency is taken.
 
     Attributes:
-        accuracy_points: most that emotion accuracy may fall, in points of a hundred.
+        accuracy_points: most that emotion accuracy may fall, in points of a hundred, by dataset;
+            "default" for those not named. A small test side needs more, for its loss is to a
+            large part chance: decisions that were as good as even fall either way.
         nme_relative: most that the NME may rise, as a fraction of the float32 NME.
         latency_runs: single-image calls that are timed.
     """
 
-    accuracy_points: NonNegative
+    accuracy_points: dict[str, NonNegative]
     nme_relative: NonNegative
     latency_runs: Annotated[int, Field(ge=10)]
+
+    @model_validator(mode="after")
+    def _has_a_default(self) -> Self:
+        if "default" not in self.accuracy_points:
+            raise ValueError("accuracy_points needs a 'default' beside the datasets it names")
+        if unknown := self.accuracy_points.keys() - {"default", *Download.model_fields}:
+            named = ", ".join(sorted(unknown))
+            raise ValueError(f"accuracy_points names unknown datasets: {named}")
+        return self
+
+    def budget(self, task: TaskName, dataset: str) -> float:
+        """Return what a deployable of a task may lose on a dataset, in the task's unit."""
+        if task == "landmarks":
+            return self.nme_relative
+        return self.accuracy_points.get(dataset, self.accuracy_points["default"])
 
 
 class GateTask(_Section):

@@ -1,36 +1,56 @@
 """Stage `verify`: measure the candidate and its deployables on the held-out test side.
 
-This is the one place where test faces are looked at. Every deployable runs in its own runtime
-over the whole side; what it loses against the Keras model in float32 is held against a budget. The
-verdict is `blessing.json`: one row a gate, and a gate that could not be computed has failed.
-TensorRT engines need their GPU; here the same Q/DQ graph runs in ONNX Runtime, and the figures
-say so.
+This is the one place where test faces are looked at. A bundle that is not as it was signed is
+refused, with the reason. Every deployable runs in its own runtime over the whole side; what it
+loses against the Keras model in float32 is held against a budget. The verdict is `blessing.json`:
+one row a gate, and a gate that could not be computed has failed. TensorRT engines need their GPU;
+here the same Q/DQ graph runs in ONNX Runtime, and the figures say so.
 """
 
 import argparse
 import json
-from pathlib import Path, PurePosixPath
-from typing import Any
+import os
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from pipelines import tracking
+from pipelines import bundles, tracking
+from pipelines.bundles import golden
 from pipelines.cli import GrimaceError, run, whole_folder
 from pipelines.evaluate import (
     DECIDES,
     Faces,
+    bootstrap_weights,
     faces_of_side,
     headline,
+    landmark_errors,
     measure,
     save_predictions,
     write_plots,
 )
-from pipelines.params import Params, TaskName, Verify, load_params
+from pipelines.pages.verification import write_verification
+from pipelines.params import Evaluate, Params, TaskName, load_params
 from pipelines.registry import bytes_of
 from pipelines.runtimes import load
+from pipelines.runtimes.probe import probe
 
 BUNDLES = ("tflite", "tfjs", "tensorrt")
-FILES = (".tflite", ".onnx", ".engine")  # a TF.js model is a folder
+
+
+class Deployable(NamedTuple):
+    """One graph of a bundle: its file or folder, and what the manifest says of it."""
+
+    path: Path
+    facts: dict[str, Any]
+
+
+class Test(NamedTuple):
+    """What every deployable is measured on and against."""
+
+    faces: Faces
+    reference: np.ndarray  # what Keras answers in float32
+    scores: dict[str, Any]  # and how good that is
 
 
 def main() -> None:
@@ -42,31 +62,30 @@ def main() -> None:
 
 def verify(task: TaskName, params: Params) -> None:
     """Measure, judge, write reports/verify/TASK and add the figures to the MLflow run."""
-    import mlflow
-
     candidate = Path("deploy/candidate", f"{task}.keras")
     faces = faces_of_side(task, params.tasks.named(task), "test")
     with load(candidate) as model:
         reference = model.predict(faces.images)
-    test = measure(faces, reference, params.evaluate) | {"split": "test"}
-    print(f"candidate: {headline(test)}")
+    test = Test(faces, reference, measure(faces, reference, params.evaluate) | {"split": "test"})
+    print(f"candidate: {headline(test.scores)}")
 
     files = bytes_of(task)  # what is measured from here on
     digest = files["model.keras"]
-    numerics, perf, gates, engines = {}, {}, [], {}
-    for name, path in deployables(Path("deploy", task)).items():
+    budget = params.verify.budget(task, params.tasks.named(task).dataset)
+    found, gates = deployables(Path("deploy", task), task, digest)
+    numerics, perf, made, engines = {}, {}, {}, {}
+    for name, deployable in found.items():
+        made[name] = deployable.facts
+        if deployable.path.suffix == ".engine":
+            engines[deployable.path.name] = deployable.path.stat().st_size
+            continue
         try:
-            check_manifest(path, digest)
-            if path.suffix == ".engine":
-                engines[path.name] = path.stat().st_size
-                continue
-            numerics[name], perf[name] = try_out(path, faces, reference, test, params)
-            gates.append(judge(task, name, numerics[name], test, params.verify))
+            numerics[name], perf[name] = try_out(deployable, test, params)
+            gates.append(judge(name, numerics[name], test.scores, budget))
             print(f"{name}: {headline(numerics[name])}, {perf[name]['p50_ms']:.2f} ms")
         # Whatever a runtime raises: what could not be measured has failed, and the others go on.
         except Exception as error:
-            why = " ".join(str(error).split()) or type(error).__name__
-            gates.append({"name": name, "value": None, "bound": None, "passed": False, "why": why})
+            gates.append(failed(name, error))
     blessed = bool(gates) and all(gate["passed"] for gate in gates)
     blessing = {
         "task": task,
@@ -79,7 +98,7 @@ def verify(task: TaskName, params: Params) -> None:
     out = Path("reports/verify", task)
     with whole_folder(out) as partial:
         for file, content in (
-            ("test", test),
+            ("test", test.scores),
             ("numerics", numerics),
             ("perf", perf),
             ("blessing", blessing),
@@ -87,12 +106,33 @@ def verify(task: TaskName, params: Params) -> None:
             (partial / f"{file}.json").write_text(json.dumps(content, indent=2) + "\n")
         write_plots(faces, reference, params.evaluate, partial, f"{task} candidate, test")
         save_predictions(partial, faces, reference, [candidate])
+        page = write_verification(test.scores, numerics, perf, blessing, made)
+        (partial / "index.html").write_text(page)
     summary = {
-        "test": test[DECIDES[task]],
+        "test": test.scores[DECIDES[task]],
         "blessed": int(blessed),
         **{name: row[DECIDES[task]] for name, row in numerics.items()},
     }
     out.with_suffix(".json").write_text(json.dumps(summary, indent=2) + "\n")
+    tell_run(task, params, candidate, test.scores, numerics, perf, blessed, out)
+    for gate in gates:
+        if not gate["passed"]:
+            print(f"NOT BLESSED: {gate['name']}: {gate['why']}")
+
+
+def tell_run(
+    task: TaskName,
+    params: Params,
+    candidate: Path,
+    test: dict[str, Any],
+    numerics: dict[str, dict[str, Any]],
+    perf: dict[str, dict[str, Any]],
+    blessed: bool,
+    out: Path,
+) -> None:
+    """Add the figures to the MLflow run that trained the candidate."""
+    import mlflow
+
     with tracking.run_of_model(params.tracking, task, candidate):
         compact = {key: value for key, value in test.items() if isinstance(value, int | float)}
         mlflow.log_metrics(tracking.flat(compact, "test."))
@@ -102,113 +142,153 @@ def verify(task: TaskName, params: Params) -> None:
             mlflow.log_metric(f"deployed.{label}.p50_ms", perf[name]["p50_ms"])
         mlflow.set_tags({"grimace.candidate": "true", "grimace.blessed": blessed})
         mlflow.log_artifacts(str(out), "verification")
-    for gate in gates:
-        if not gate["passed"]:
-            print(f"NOT BLESSED: {gate['name']}: {gate['why']}")
 
 
-def deployables(folder: Path) -> dict[str, Path]:
-    """Find what the bundles hold or should hold, by a name such as "tflite/int8".
+def deployables(
+    folder: Path, task: str, model_sha256: str
+) -> tuple[dict[str, Deployable], list[dict[str, Any]]]:
+    """Find the graphs that are as they were signed.
 
-    What a manifest lists is named even where it is gone, and an empty or absent bundle by its
-    manifest, so that nothing passes by not being there.
+    Args:
+        folder: deploy/TASK.
+        task: what the bundles have to be for.
+        model_sha256: of the model they have to be made from.
+
+    Returns:
+        Graphs by a name such as "tflite/int8"; and a failed gate for each that is refused, or for
+        a whole bundle. What a manifest names is named even where it is gone, and an absent bundle
+        too, so that nothing passes by not being there.
     """
     if not folder.is_dir():
         raise GrimaceError(f"{folder} is missing; run `dvc repro export`")
-    found = {}
-    for bundle in (folder / name for name in BUNDLES):
+    found, gates = {}, []
+    for target in BUNDLES:
+        bundle = folder / target
         try:
-            listed = [PurePosixPath(name).parts[0] for name in read_manifest(bundle)[0]]
-        except GrimaceError:
-            listed = []  # `check_manifest` will say so of each part
-        parts = {*listed, *(path.name for path in bundle.glob("*"))} - {"manifest.json"}
-        for path in (bundle / part for part in sorted(parts)):
-            label = path.stem if path.suffix in FILES else path.name
-            found[f"{bundle.name}/{label}"] = path
-        if not parts:
-            found[bundle.name] = bundle / "manifest.json"
-    return found
+            manifest = open_bundle(bundle, task, target, model_sha256)
+        except GrimaceError as error:
+            gates.append(failed(target, error))
+            continue
+        for variant, facts in manifest["variants"].items():
+            name, file = f"{target}/{variant}", facts["file"]
+            try:
+                bundles.check_files(bundle, manifest, file.__eq__)
+                found[name] = Deployable(bundle / file, facts)
+            except GrimaceError as error:
+                gates.append(failed(name, error))
+    return found, gates
 
 
-def read_manifest(bundle: Path) -> tuple[dict[str, str], str]:
-    """Return the SHA-256 of each file of a bundle, and of the model it was made from.
-
-    Raises:
-        GrimaceError: the manifest is missing or damaged.
-    """
-    path = bundle / "manifest.json"
-    try:
-        manifest = json.loads(path.read_text())
-        files = {file["path"]: file["sha256"] for file in manifest["files"]}
-        return files, manifest["source"]["model_sha256"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise GrimaceError(f"{path} is missing or damaged ({error!r}); export again") from None
-
-
-def check_manifest(path: Path, model_sha256: str) -> None:
-    """Compare a deployable's files with the bundle's manifest.
+def open_bundle(bundle: Path, task: str, target: str, model_sha256: str) -> dict[str, Any]:
+    """Return a bundle's manifest once all but its graphs has been checked.
 
     Raises:
-        GrimaceError: a file is missing, of other bytes, or not listed; the manifest is damaged,
-            or is of a bundle made from another model than the one with this SHA-256.
+        GrimaceError: something is missing, damaged or changed; or it is another bundle than the
+            one that belongs here.
     """
-    bundle = path.parent
-    listed, source = read_manifest(bundle)
-    if source != model_sha256:
+    manifest = bundles.read(bundle)
+    for key, wanted in (("task", task), ("target", target)):
+        if manifest[key] != wanted:
+            raise GrimaceError(f"{bundle} holds a bundle for {manifest[key]}, not for {wanted}")
+    if manifest["source"]["model_sha256"] != model_sha256:
         raise GrimaceError(f"{bundle} was made from another model; run `dvc repro export`")
-    wanted = [bundle / name for name in listed if PurePosixPath(name).parts[0] == path.name]
-    for file in wanted:
-        if not file.is_file():
-            raise GrimaceError(f"{file} is in the manifest but not there")
-    for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
-        name = file.relative_to(bundle).as_posix()
-        if file.is_file() and listed.get(name) != tracking.sha256(file):
-            raise GrimaceError(f"{file}: its bytes are not those of {bundle}/manifest.json")
+    graphs = {facts["file"] for facts in manifest["variants"].values()}
+    bundles.check_files(bundle, manifest, lambda part: part not in graphs)
+    return manifest
+
+
+def failed(name: str, error: Exception) -> dict[str, Any]:
+    """Return the gate of what could not be measured."""
+    why = " ".join(str(error).split()) or type(error).__name__
+    return {"name": name, "value": None, "bound": None, "passed": False, "why": why}
 
 
 def try_out(
-    path: Path, faces: Faces, reference: np.ndarray, test: dict[str, Any], params: Params
+    deployable: Deployable, test: Test, params: Params
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Run a deployable over all faces.
+    """Run a deployable over all faces, its golden images, and one image many times.
 
     Returns:
         Numerics: the metrics of `measure`, `loss` against float32 (points of a hundred for
-        accuracy, a fraction of the NME for landmarks; positive is worse), `max_difference` of any
-        output, and for emotion `agreement`, the share of equal decisions. Perf: runtime, size,
-        threads, and latency of one image in milliseconds.
+        accuracy, a fraction of the NME for landmarks; positive is worse) with `loss_ci95`,
+        `max_difference` of any output, for emotion `agreement`, the share of equal decisions, and
+        `golden` as `golden.compare` gives it. Perf: `runtime`, `bytes`, `load_ms` until the first
+        answer, `memory_mib` that this takes, `threads` (1) with `p50_ms` and `p95_ms` of one
+        image, and the same three in `all_threads` where the runtime takes more than one.
     """
+    path, facts = deployable
+    images, wanted = golden.read(path.parent / "golden.json")
+    runs = params.verify.latency_runs
     with load(path, threads=1) as model:
-        outputs = model.predict(faces.images).reshape(reference.shape)
-        latency = model.latency(faces.images[0], params.verify.latency_runs)
-        runtime = model.name
-    scores = measure(faces, outputs, params.evaluate)
-    task = scores["task"]
-    before, after = test[DECIDES[task]], scores[DECIDES[task]]
-    scores["loss"] = 100 * (before - after) if task == "emotion" else after / before - 1
-    scores["max_difference"] = float(np.abs(outputs - reference).max())
-    if task == "emotion":
-        scores["agreement"] = float((outputs.argmax(-1) == reference.argmax(-1)).mean())
+        outputs = model.predict(test.faces.images).reshape(test.reference.shape)
+        compared = golden.compare(model.predict(images), wanted, facts["tolerance"])
+        latency = model.latency(test.faces.images[0], runs)
+        runtime, opening = model.name, model.opening
     files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
     perf = {
         "runtime": runtime,
         "bytes": sum(file.stat().st_size for file in files),
+        **(opening or probe(path)),
         "threads": 1,
         **latency,
     }
-    return scores, perf
+    cores = os.cpu_count() or 1
+    if path.is_file() and cores > 1:
+        with load(path, threads=cores) as model:
+            more = model.latency(test.faces.images[0], runs)
+        perf["all_threads"] = {"threads": cores, **more}
+    return compare(test, outputs, params.evaluate) | {"golden": compared}, perf
 
 
-def judge(
-    task: TaskName, name: str, scores: dict[str, Any], test: dict[str, Any], settings: Verify
-) -> dict[str, Any]:
+def compare(test: Test, outputs: np.ndarray, settings: Evaluate) -> dict[str, Any]:
+    """Return the metrics of a deployable's answers and what they lose, as `try_out` says."""
+    scores = measure(test.faces, outputs, settings)
+    before, after = (each[DECIDES[scores["task"]]] for each in (test.scores, scores))
+    emotion = scores["task"] == "emotion"
+    scores["loss"] = 100 * (before - after) if emotion else after / before - 1
+    scores["loss_ci95"] = loss_interval(test.faces, test.reference, outputs, settings)
+    scores["max_difference"] = float(np.abs(outputs - test.reference).max())
+    if emotion:
+        scores["agreement"] = float((outputs.argmax(-1) == test.reference.argmax(-1)).mean())
+    return scores
+
+
+def loss_interval(
+    faces: Faces, reference: np.ndarray, outputs: np.ndarray, settings: Evaluate
+) -> list[float]:
+    """Return the 95 % interval of the loss, both models on the same resamples of the same faces."""
+    pair = (reference, outputs)
+    if faces.emotions is not None:
+        before, after = ((each.argmax(-1) == faces.emotions).astype(float) for each in pair)
+    else:
+        before, after = (landmark_errors(faces, each)[0] for each in pair)
+    valid = np.isfinite(before + after)
+    drawn = []
+    for weights in bootstrap_weights(faces.groups[valid], settings):
+        first, second = weights @ before[valid], weights @ after[valid]
+        if faces.emotions is not None:
+            drawn.append(100 * (first - second) / weights.sum(-1))
+        else:
+            drawn.append(second / first - 1)
+    low, high = np.percentile(np.concatenate(drawn), [2.5, 97.5])
+    return [float(low), float(high)]
+
+
+def judge(name: str, scores: dict[str, Any], test: dict[str, Any], bound: float) -> dict[str, Any]:
     """Return the gate of one deployable: what it lost, and what it was allowed to lose."""
-    bound = settings.accuracy_points if task == "emotion" else settings.nme_relative
     # A loss of just the bound must not fail over the last bit: 0.71 - 0.70 is above 0.01.
     passed = bool(scores["n"] == test["n"] and scores["loss"] <= bound + 1e-9)
+    task = scores["task"]
     unit = "points of accuracy" if task == "emotion" else "of the float32 NME"
     lost = f"{scores['loss']:.2f}" if task == "emotion" else f"{scores['loss']:.2%}"
     allowed = f"{bound:.2f}" if task == "emotion" else f"{bound:.2%}"
     why = f"loses {lost} {unit}, {allowed} allowed, on {scores['n']} faces"
+    if not scores["golden"]["passed"]:
+        passed = False
+        why += (
+            f"; its golden answers are {scores['golden']['difference']:.2g} off, "
+            f"{scores['golden']['tolerance']:g} allowed"
+        )
     return {"name": name, "value": scores["loss"], "bound": bound, "passed": passed, "why": why}
 
 

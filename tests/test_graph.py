@@ -38,7 +38,7 @@ def workspace(tmp_path_factory):
     for job in params["train"]["jobs"].values():
         job |= {"epochs": 1, "widths": [8, 16], "batch": 32, "by_dataset": {}}
     params["evaluate"]["resamples"] = 100
-    params["export"] |= {"calibration": 16, "engines": ["sm89"]}
+    params["export"] |= {"calibration": 16, "trial": 16, "engines": ["sm89"]}
     params["verify"]["latency_runs"] = 10
     (folder / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
     git = ["git", "-c", "user.name=test", "-c", "user.email=test@localhost"]

@@ -7,11 +7,15 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from models.decoders import LOGITS
 from pipelines.cli import GrimaceError
 from pipelines.runtimes.runtime import refused
 
 if TYPE_CHECKING:
     import keras
+
+DECODED = rf"(^|[/;]){LOGITS}(_\d+)?[/;]"
+"""Finds the layer whose output is decoded by the names that converters make of its own."""
 
 
 def open_model(path: Path) -> keras.Model:

@@ -10,12 +10,13 @@ from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
-from typing import Any
-
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 from pipelines.cli import GrimaceError, run, whole_folder
 from pipelines.exporters.quiet import quiet
+
+if TYPE_CHECKING:
+    from pipelines.exporters.quantisation import Calibration
 
 TARGETS = ("sm86", "sm89", "sm120")
 LARGEST_BATCH = 32
@@ -33,35 +34,38 @@ def main() -> None:
         help="compute capability of the GPU that will run it, such as sm89; left out, the GPU of "
         "this machine. Another GPU than this machine's needs TensorRT for RTX",
     )
-    parser.add_argument("--out", type=Path, required=True, help="the engine file to write")
+    parser.add_argument(
+        "--out", type=Path, help="the engine file to write; default: GRAPH.TARGET.engine beside it"
+    )
     arguments = parser.parse_args()
     target = arguments.target or _capability_here()
     if target is None:
         raise GrimaceError("this machine has no NVIDIA GPU to build for; name one with --target")
     trt = find_tensorrt(target)
     engine = build_engine(trt, arguments.onnx, target)
-    partial = arguments.out.with_name(f".{arguments.out.name}.partial")
+    out = arguments.out or arguments.onnx.with_suffix(f".{target}.engine")
+    partial = out.with_name(f".{out.name}.partial")
     partial.write_bytes(engine)
-    partial.replace(arguments.out)
+    partial.replace(out)
     print(
-        f"{arguments.out}: {len(engine) / 1e6:.1f} MB for {target}, built by "
+        f"{out}: {len(engine) / 1e6:.1f} MB for {target}, built by "
         f"{trt.__name__} {trt.__version__}; it loads in that version"
     )
 
 
 def export(
-    model_path: Path, out: Path, calibration: np.ndarray, targets: Sequence[str] = TARGETS
-) -> list[Path]:
-    """Write `out/float32.onnx`, `out/int8.onnx` and an `out/int8.TARGET.engine` per target.
+    model_path: Path, out: Path, calibration: "Calibration", targets: Sequence[str] = TARGETS
+) -> dict[str, dict[str, Any]]:
+    """Write `float32.onnx`, `float16.onnx`, `int8.onnx` and an `int8.TARGET.engine` per target.
 
     Args:
         model_path: the `.keras` file.
         out: folder to write, whole or not at all; what it holds is replaced.
-        calibration: float32 (n, H, W, C), values 0–255, from the train split.
+        calibration: faces and bound of the int8 graph.
         targets: compute capabilities to build engines for, such as "sm89". No GPU is needed.
 
     Returns:
-        The files, graphs first.
+        What there is, by variant: `file`, `precision`, `versions`, and of int8 `quantisation`.
 
     Raises:
         GrimaceError: the model or the calibration cannot be used, a converter failed, or
@@ -71,12 +75,17 @@ def export(
     from pipelines.exporters import onnx_graphs
 
     with quiet(f"TensorRT export of {model_path}"), whole_folder(out) as folder:
-        onnx_graphs.write(model_path, folder, calibration)
+        variants = onnx_graphs.write(model_path, folder, calibration)
         for target in targets:
-            engine = build_engine(find_tensorrt(target), folder / "int8.onnx", target)
-            (folder / f"int8.{target}.engine").write_bytes(engine)
-    names = ["float32.onnx", "int8.onnx", *(f"int8.{target}.engine" for target in targets)]
-    return [out / name for name in names]
+            trt = find_tensorrt(target)
+            engine, file = build_engine(trt, folder / "int8.onnx", target), f"int8.{target}.engine"
+            (folder / file).write_bytes(engine)
+            variants[f"int8.{target}"] = {
+                "file": file,
+                "precision": "int8",
+                "versions": {trt.__name__: trt.__version__, "compute_capability": target},
+            }
+    return variants
 
 
 def find_tensorrt(target: str) -> ModuleType:

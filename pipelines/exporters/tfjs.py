@@ -8,11 +8,11 @@ import argparse
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import ModuleType
-
-import numpy as np
+from typing import Any
 
 from pipelines.cli import GrimaceError, run, whole_folder
 from pipelines.exporters.quiet import failure
@@ -40,21 +40,21 @@ def main() -> None:
         _convert(arguments.model, folder)
 
 
-def export(model_path: Path, out: Path, calibration: np.ndarray) -> list[Path]:
+def export(model_path: Path, out: Path) -> dict[str, dict[str, Any]]:
     """Write `out/float32`, `out/float16` and `out/uint8`, each a TF.js graph model.
+
+    Only the weights get smaller; the arithmetic stays float32, so nothing has to be calibrated.
 
     Args:
         model_path: the `.keras` file.
         out: folder to write, whole or not at all; what it holds is replaced.
-        calibration: not looked at; only the weights get smaller, the arithmetic stays float32.
 
     Returns:
-        The three folders.
+        What there is, by variant: `file` (a folder), `precision` (of the weights), `versions`.
 
     Raises:
         GrimaceError: the model cannot be read, or the converter failed.
     """
-    del calibration
     process = subprocess.run(
         [sys.executable, "-m", "pipelines.exporters.tfjs", model_path.resolve(), out.resolve()],
         cwd=REPOSITORY,
@@ -66,7 +66,8 @@ def export(model_path: Path, out: Path, calibration: np.ndarray) -> list[Path]:
     )
     if process.returncode:
         raise GrimaceError(failure(f"TF.js export of {model_path}", process.stdout))
-    return [out / name for name in WEIGHTS]
+    versions = {"format": "graph-model", "converter": version("tensorflowjs")}
+    return {name: {"file": name, "precision": name, "versions": versions} for name in WEIGHTS}
 
 
 def _convert(model_path: Path, folder: Path) -> None:

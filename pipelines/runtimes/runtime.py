@@ -1,7 +1,7 @@
 """What every runtime offers once a model is open: predict, time, close."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from time import perf_counter
 
@@ -27,6 +27,8 @@ class Runtime:
         times: milliseconds of that many consecutive runs on one image of shape (1, H, W, C).
         batch_size: images that go through the model at once.
         stop: frees the model and whatever process runs it.
+        opening: what the host of a model says that opening it took, as
+            `pipelines.runtimes.probe` does of others; empty where it says nothing.
     """
 
     name: str
@@ -37,6 +39,7 @@ class Runtime:
     times: Callable[[np.ndarray, int], Sequence[float]]
     batch_size: int
     stop: Callable[[], object]
+    opening: Mapping[str, float] = field(default_factory=dict)
 
     def predict(self, images: np.ndarray) -> np.ndarray:
         """Run the model over any number of images.

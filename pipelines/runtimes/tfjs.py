@@ -81,7 +81,8 @@ def load(path: Path) -> Runtime:
             batch_size=BATCH_SIZE,
             times=lambda image, runs: ask(image, runs).tolist(),
         )
-        return replace(opened, stop=started.pop_all().close)
+        opening = {name: description[name] for name in ("load_ms", "memory_mib")}
+        return replace(opened, stop=started.pop_all().close, opening=opening)
 
 
 def install_packages() -> None:

@@ -6,8 +6,11 @@ const MINIMUM_PAUSE_MS = 50;
 /** Open the model, announce it, then answer jobs until there are no more. */
 export async function serve(tf, wasm, base) {
   try {
-    const model = await open(tf, wasm, base);
-    await post(base, "ready", describe(tf, model));
+    await start(tf, wasm, base);
+    const begun = performance.now();
+    const model = await tf.loadGraphModel(`${base}model/model.json`);
+    await warmUp(tf, model);
+    await post(base, "ready", describe(tf, model, performance.now() - begun));
     for (;;) {
       const job = await nextJob(base);
       if (job === null) return;
@@ -18,17 +21,27 @@ export async function serve(tf, wasm, base) {
   }
 }
 
-async function open(tf, wasm, base) {
+async function start(tf, wasm, base) {
   // One thread in both hosts, so that their latencies can be compared with the other runtimes'.
   tf.env().set("WASM_HAS_MULTITHREAD_SUPPORT", false);
   wasm.setWasmPaths(`${base}wasm/`, true); // fetch them in Node too, as it does the model
   if (!(await tf.setBackend("wasm"))) throw new Error("the WebAssembly backend did not start");
-  return tf.loadGraphModel(`${base}model/model.json`);
 }
 
-function describe(tf, model) {
+/** Answer one black image: until then a model is not open. */
+async function warmUp(tf, model) {
+  if (model.inputs.length !== 1) return; // it will be refused
+  const shape = model.inputs[0].shape.map((size, axis) => (axis === 0 ? 1 : size));
+  const input = tf.zeros(shape);
+  await predict(model, input);
+  input.dispose();
+}
+
+function describe(tf, model, milliseconds) {
   return JSON.stringify({
     version: tf.version_core,
+    load_ms: milliseconds,
+    memory_mib: tf.memory().numBytes / 2 ** 20, // of tensors, which are the weights
     inputs: model.inputs.map((tensor) => tensor.shape),
     outputs: model.outputs.length,
   });

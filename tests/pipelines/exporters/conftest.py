@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from models import emotion, landmarks
+from pipelines.exporters.quantisation import Calibration
 from pipelines.runtimes import load
 
 
@@ -14,7 +15,7 @@ class Trained:
     path: Path
     images: np.ndarray  # float32 (24, 32, 32, C)
     outputs: np.ndarray  # what Keras makes of them
-    calibration: np.ndarray
+    calibration: Calibration  # that any graph keeps to
 
     def errors(self, artefact: Path) -> np.ndarray:
         with load(artefact) as runtime:
@@ -37,20 +38,41 @@ def landmark_model(tmp_path_factory) -> Trained:
     return _trained(model, tmp_path_factory.mktemp("landmarks") / "model.keras")
 
 
+@pytest.fixture(scope="session")
+def simcc_model(tmp_path_factory) -> Trained:
+    """A network that decodes, with scores somewhat sharper than at first."""
+    keras.utils.set_random_seed(1)
+    model = landmarks.build("simcc", widths=(8, 16), size=32, channels=1, dropout=0.0, points=68)
+    logits = model.get_layer("logits")
+    logits.kernel.assign(2 * logits.kernel)
+    return _trained(model, tmp_path_factory.mktemp("simcc") / "model.keras")
+
+
 def _trained(model, path: Path) -> Trained:
     """Give batch normalisation statistics as training would: an untouched one hides errors."""
     rng = np.random.default_rng(3)
-    calibration = _pictures(rng, 64, model.inputs[0].shape[-1])
+    pictures = _pictures(rng, 64, model.inputs[0].shape[-1])
     norms = [layer for layer in model.layers if isinstance(layer, keras.layers.BatchNormalization)]
     for norm in norms:
         norm.gamma.assign(rng.uniform(0.5, 1.5, norm.gamma.shape))
         norm.beta.assign(rng.normal(0, 0.3, norm.beta.shape))
         norm.momentum = 0.5
     for _ in range(8):
-        model(calibration, training=True)
+        model(pictures, training=True)
     model.save(path)
     images = _pictures(rng, 24, model.inputs[0].shape[-1])
-    return Trained(path, images, model.predict(images, verbose=0), calibration)
+    outputs = model.predict(images, verbose=0)
+    calibration = judged_by_movement(pictures, images, outputs, bound=1.0)
+    return Trained(path, images, outputs, calibration)
+
+
+def judged_by_movement(pictures, images, outputs, bound: float) -> Calibration:
+    """What is lost is the mean distance from what Keras answers."""
+
+    def loss(answers: np.ndarray) -> float:
+        return float(np.abs(answers.reshape(outputs.shape) - outputs).mean())
+
+    return Calibration(pictures, images, loss, bound, "of the crop")
 
 
 def _pictures(rng: np.random.Generator, count: int, channels: int) -> np.ndarray:

@@ -1,5 +1,7 @@
+import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -17,28 +19,55 @@ REPOSITORY = Path(tensorrt.__file__).parents[2]
 @pytest.fixture(scope="module")
 def bundle(landmark_model, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("export") / "tensorrt"
-    files = tensorrt.export(landmark_model.path, out, landmark_model.calibration)
-    assert sorted(files) == sorted(out.iterdir())
+    variants = tensorrt.export(landmark_model.path, out, landmark_model.calibration)
+    assert {out / facts["file"] for facts in variants.values()} == set(out.iterdir())
+    assert variants["int8"]["versions"] == {"ir": 8, "opset": 17}
+    assert variants["int8.sm89"]["versions"]["compute_capability"] == "sm89"
     return out
 
 
 def test_landmark_graphs_answer_as_keras_does(bundle, landmark_model):
     assert landmark_model.errors(bundle / "float32.onnx").max() < 1e-4
+    assert 0 < landmark_model.errors(bundle / "float16.onnx").max() < 5e-3
     errors = landmark_model.errors(bundle / "int8.onnx")
     assert 0 < errors.mean() < MEAN_BOUND
     assert errors.max() < LARGEST_BOUND
 
 
-def test_emotion_graphs_answer_as_keras_does(emotion_model, tmp_path, capfd):
+@pytest.mark.parametrize("name", ["emotion_model", "simcc_model"])
+def test_other_graphs_answer_as_keras_does(request, name, tmp_path, capfd):
+    model, out = request.getfixturevalue(name), tmp_path / "out"
     capfd.readouterr()
-    float32, int8 = tensorrt.export(
-        emotion_model.path, tmp_path / "out", emotion_model.calibration, targets=()
-    )
+    tensorrt.export(model.path, out, model.calibration, targets=())
     assert capfd.readouterr() == ("", "")  # the converters' chatter
-    assert emotion_model.errors(float32).max() < 1e-4
-    errors = emotion_model.errors(int8)
+    assert model.errors(out / "float32.onnx").max() < 1e-4
+    assert 0 < model.errors(out / "float16.onnx").max() < 5e-3
+    errors = model.errors(out / "int8.onnx")
     assert 0 < errors.mean() < MEAN_BOUND
     assert errors.max() < LARGEST_BOUND
+    if name == "simcc_model":  # decoding stands outside the int8 part, and half precision
+        nodes = onnx.load(out / "int8.onnx").graph.node
+        softmax = [node.op_type for node in nodes].index("Softmax")
+        assert not any("Linear" in node.op_type for node in nodes[softmax:])
+
+
+@pytest.mark.parametrize("bound", [3e-3, 0.0])
+def test_layers_stay_in_float_until_the_bound_is_kept(landmark_model, tmp_path, bound):
+    strict = replace(landmark_model.calibration, bound=bound)
+    variants = tensorrt.export(landmark_model.path, tmp_path / "out", strict, targets=())
+    found = variants["int8"]["quantisation"]
+    kept = set(found["float_layers"])
+    assert set(found["loss_by_ranges"]) == {"minmax", "percentile", "entropy"}
+    assert found["ranges"] == min(found["loss_by_ranges"], key=found["loss_by_ranges"].get)
+    assert found["loss"] <= bound or len(kept) == found["layers"] - 1 or not bound
+    assert found["loss"] < found["loss_all_int8"]
+    errors = landmark_model.errors(tmp_path / "out" / "int8.onnx")
+    assert errors.mean() == pytest.approx(found["loss"], rel=1e-3)
+    graph = onnx.load(tmp_path / "out" / "int8.onnx").graph
+    made_by = {output: node.op_type for node in graph.node for output in node.output}
+    layers = [node for node in graph.node if node.op_type in ("Conv", "Gemm", "MatMul")]
+    in_float = {x.name for x in layers if made_by.get(x.input[0]) != "DequantizeLinear"}
+    assert in_float == kept and 0 < len(kept) < len(layers)
 
 
 def test_int8_graph_holds_to_what_tensorrt_takes(bundle):
@@ -65,11 +94,12 @@ def test_engines_are_built_for_the_named_targets(bundle):
 
 
 def test_the_command_builds_one_engine(bundle, tmp_path):
-    out = tmp_path / "float32.engine"
-    done = command("--onnx", bundle / "float32.onnx", "--target", "sm89", "--out", out)
+    graph = shutil.copy(bundle / "float32.onnx", tmp_path)
+    done = command("--onnx", graph, "--target", "sm89")
     assert done.returncode == 0, done.stderr
     assert "sm89" in done.stdout and "tensorrt_rtx" in done.stdout
-    assert list(tmp_path.iterdir()) == [out]
+    out = tmp_path / "float32.sm89.engine"
+    assert {path.name for path in tmp_path.iterdir()} == {"float32.onnx", out.name}
     assert out.stat().st_size > (bundle / "int8.sm89.engine").stat().st_size
 
 

@@ -12,8 +12,11 @@ BOUNDS = {"float32": 1e-4, "float16": 2e-3, "uint8": 0.05}
 @pytest.fixture(scope="module")
 def bundle(emotion_model, tmp_path_factory):
     out = tmp_path_factory.mktemp("export") / "tfjs"
-    folders = tfjs.export(emotion_model.path, out, emotion_model.calibration)
-    assert sorted(folders) == sorted(out.iterdir())
+    variants = tfjs.export(emotion_model.path, out)
+    assert {out / facts["file"] for facts in variants.values()} == set(out.iterdir())
+    assert {name: facts["precision"] for name, facts in variants.items()} == dict(
+        zip(BOUNDS, BOUNDS, strict=True)
+    )
     return out
 
 
@@ -48,4 +51,4 @@ def test_graphs_hold_only_operations_that_browsers_know(bundle):
 def test_a_failing_converter_shows_its_last_words(emotion_model, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(GrimaceError, match=r"(?s)TF.js export of .*last words.*Not a directory"):
-        tfjs.export(emotion_model.path, tmp_path / "file" / "tfjs", emotion_model.calibration)
+        tfjs.export(emotion_model.path, tmp_path / "file" / "tfjs")

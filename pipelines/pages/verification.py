@@ -1,0 +1,187 @@
+"""The page of `verify`: what the deployables of a task cost and what they lose."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from markupsafe import Markup
+
+from pipelines import pages
+from pipelines.pages import Section, charts
+
+METRICS = {"emotion": ("accuracy", "accuracy"), "landmarks": ("nme_interocular", "NME")}
+
+Rows = Mapping[str, dict[str, Any]]
+
+
+def write_verification(
+    test: dict[str, Any], numerics: Rows, perf: Rows, blessing: dict[str, Any], made: Rows
+) -> str:
+    """Put the page together.
+
+    Args:
+        test: figures of the Keras model, as in test.json.
+        numerics: figures by deployable, as in numerics.json.
+        perf: costs by deployable, as in perf.json.
+        blessing: the verdict, as in blessing.json.
+        made: by deployable what the manifest says of it.
+    """
+    task = test["task"]
+    key, name = METRICS[task]
+    low, high = test["ci95"][key]
+    passed = sum(gate["passed"] for gate in blessing["gates"])
+    lead = [
+        f"The candidate for {task} and what was exported of it, each in its own runtime on all "
+        f"{test['n']:,} faces of the test side. In Keras and float32 its {name} is "
+        f"{test[key]:.2%} (95 % interval {low:.2%} to {high:.2%}).",
+        pages.facts(
+            {
+                "faces": f"{test['n']:,}",
+                f"{name}, Keras": f"{test[key]:.2%}",
+                "deployables within budget": f"{passed} of {len(blessing['gates'])}",
+                "blessed": "yes" if blessing["blessed"] else "no",
+            }
+        ),
+    ]
+    sections = [
+        Section("What is lost", _losses(task, numerics, blessing)),
+        Section(f"{name} against cost", _trade_offs(task, numerics, perf)),
+        Section("Cost", _costs(perf, blessing)),
+        Section("Layers left in float", _float_layers(made)),
+        Section("Gates", _gates(blessing)),
+    ]
+    return pages.page(f"Deployables for {task}, test", lead, sections)
+
+
+def _losses(task: str, numerics: Rows, blessing: dict[str, Any]) -> list[Markup | str]:
+    key, name = METRICS[task]
+    emotion = task == "emotion"
+    unit = "points lost" if emotion else "change of the NME"
+    verdicts = {gate["name"]: gate["passed"] for gate in blessing["gates"]}
+    rows = []
+    for label, row in numerics.items():
+        low, high = row["loss_ci95"]
+        interval = f"{low:+.2f} to {high:+.2f}" if emotion else f"{low:+.2%} to {high:+.2%}"
+        figures = {
+            "deployable": label,
+            name: row[key],
+            "95 % interval": "{:.2%} – {:.2%}".format(*row["ci95"][key]),
+            unit: row["loss"],
+            "its 95 % interval": interval.replace("-", "−"),
+        }
+        if emotion:
+            figures["same decision"] = row["agreement"]
+        figures |= {
+            "largest difference": row["max_difference"],
+            "golden, off by": row["golden"]["difference"],
+            "verdict": "ok" if verdicts[label] else "FAILED",
+        }
+        rows.append(figures)
+    if not rows:
+        return ["None could be measured."]
+    formats = {
+        name: "{:.2%}",
+        unit: "{:+.2f}" if emotion else "{:+.2%}",
+        "same decision": "{:.1%}",
+        "largest difference": "{:.2g}",
+        "golden, off by": "{:.1g}",
+    }
+    return [
+        pages.table(pd.DataFrame(rows), "Against the Keras model on the same faces", formats),
+        pages.note(
+            "The interval of what is lost is of the difference, both models on the same resamples "
+            "of whole groups. Differences are of outputs: probabilities, or crop coordinates. "
+            "Golden images are drawn faces whose answers the bundle carries."
+        ),
+    ]
+
+
+def _trade_offs(task: str, numerics: Rows, perf: Rows) -> list[Markup | str]:
+    key, name = METRICS[task]
+    drawn = []
+    costs = (("p50_ms", "latency, one thread", "ms", 1), ("bytes", "size", "MiB", 2**20))
+    for cost, title, unit, many in costs:
+        rows = {
+            label: (perf[label][cost] / many, row[key], *row["ci95"][key])
+            for label, row in numerics.items()
+        }
+        if rows:
+            points = pd.DataFrame.from_dict(rows, "index", columns=["x", "y", "low", "high"])
+            drawn.append(charts.trade_off(points, f"By {title}", f"{title}, {unit}", name))
+    return [pages.side_by_side(*drawn)] if drawn else ["Nothing was measured."]
+
+
+def _costs(perf: Rows, blessing: dict[str, Any]) -> list[Markup | str]:
+    rows = []
+    for label, row in perf.items():
+        many = row.get("all_threads", {})
+        rows.append(
+            {
+                "deployable": label,
+                "runs in": row["runtime"],
+                "size": row["bytes"] / 2**20,
+                "load": row["load_ms"],
+                "memory": row["memory_mib"],
+                "p50": row["p50_ms"],
+                "p95": row["p95_ms"],
+                "threads": many.get("threads", np.nan),
+                "p50 on these": many.get("p50_ms", np.nan),
+                "p95 on these": many.get("p95_ms", np.nan),
+            }
+        )
+    if not rows:
+        return ["Nothing was measured."]
+    formats = {"size": "{:.2f} MiB", "memory": "{:.1f} MiB", "threads": "{:.0f}"}
+    formats |= dict.fromkeys(("load", "p50", "p95", "p50 on these", "p95 on these"), "{:.2f} ms")
+    unrun = ", ".join(
+        f"{name} ({size / 2**20:.2f} MiB)" for name, size in blessing["built_but_not_run"].items()
+    )
+    return [
+        pages.table(pd.DataFrame(rows), "Single images on this machine", formats),
+        pages.note(
+            "Loading ends with the first answer, in a fresh process whose growth is the memory; "
+            "TF.js tells both itself, its memory being that of tensors. p50 and p95 are the median "
+            "and the 95th percentile of single images, one thread."
+            + (f" Built but not run, for lack of their GPU: {unrun}." if unrun else "")
+        ),
+    ]
+
+
+def _float_layers(made: Rows) -> list[Markup | str]:
+    blocks: list[Markup | str] = []
+    for label, facts in made.items():
+        found = facts.get("quantisation")
+        if not found:
+            continue
+        kept, unit = found["float_layers"], found["unit"]
+        said = (
+            f"{label}: all {found['layers']} layers in eight bits lose "
+            f"{found['loss_all_int8']:.4f} {unit} on validation, {found['bound']:.4f} aimed at; "
+            f"with {len(kept)} of them in float it is {found['loss']:.4f}."
+        )
+        blocks.append(said)
+        if kept:
+            steps = found["steps"]
+            table = pd.DataFrame(
+                {
+                    "layers": [
+                        ", ".join(layer.split(";")[0] for layer in step["layers"]) for step in steps
+                    ],
+                    "movement left": [step["moved"] for step in steps],
+                    "loss left": [step["loss"] for step in steps],
+                }
+            )
+            blocks.append(pages.table(table, f"{label}: left in float, in this order"))
+    return blocks or ["No deployable was searched."]
+
+
+def _gates(blessing: dict[str, Any]) -> list[Markup | str]:
+    table = pd.DataFrame(
+        {
+            "deployable": [gate["name"] for gate in blessing["gates"]],
+            "passed": ["yes" if gate["passed"] else "NO" for gate in blessing["gates"]],
+            "why": [gate["why"] for gate in blessing["gates"]],
+        }
+    )
+    return [pages.table(table, "One row a deployable")]
