@@ -150,7 +150,8 @@ def test_killed_it_goes_on_and_a_trial_that_dies_is_one_failed_trial(prefect_ser
     # Of the trials nothing is left but what is in the study.
     assert [path.name for path in Path("sweeps/emotion-plain").glob("*/*")] == ["plan.json"]
     best = yaml.safe_load(Path("sweeps/emotion-plain/best.yaml").read_text())
-    assert set(best["train"]["jobs"]["emotion-plain"]) == {"learning_rate", "widths", "batch"}
+    found = best["train"]["jobs"]["emotion-plain"]["by_dataset"]["synthetic"]
+    assert set(found) == {"learning_rate", "widths", "batch"}
     assert Path("sweeps/emotion-plain/history.png").exists()
 
     client = mlflow.MlflowClient(load_params().tracking.uri)

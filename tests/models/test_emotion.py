@@ -19,7 +19,8 @@ def test_every_job_answers_with_probabilities(name: str, precision: str) -> None
     job, task = JOBS[name], PARAMS.tasks.emotion
     keras.mixed_precision.set_global_policy(precision)
     try:
-        model = emotion.build(job.model, job.widths, task.size, task.channels, job.dropout)
+        network = job.network or job.model
+        model = emotion.build(network, job.widths, task.size, task.channels, job.dropout)
     finally:
         keras.mixed_precision.set_global_policy("float32")
     assert model.input_shape == (None, task.size, task.size, task.channels)

@@ -18,8 +18,9 @@ def test_every_job_places_its_points(name: str, precision: str) -> None:
     job, task = JOBS[name], PARAMS.tasks.landmarks
     keras.mixed_precision.set_global_policy(precision)
     try:
+        network = job.network or job.model
         model = landmarks.build(
-            job.model, job.widths, task.size, task.channels, job.dropout, points=68
+            network, job.widths, task.size, task.channels, job.dropout, points=68
         )
     finally:
         keras.mixed_precision.set_global_policy("float32")

@@ -362,7 +362,7 @@ def test_a_killed_run_leaves_the_old_shards_and_the_next_the_same_bytes(
     shutil.copytree(stage, root)
     expected = files(root / "data/augment/landmarks")
     raw = yaml.safe_load((root / "params.yaml").read_text())
-    raw["augment"]["landmarks"] |= {"views": 100, "jitter_shift": 0.01}
+    raw["augment"]["landmarks"] |= {"views": 500, "jitter_shift": 0.01}
     raw["augment"]["workers"] = 2
     (root / "params.yaml").write_text(yaml.safe_dump(raw))
 
@@ -376,7 +376,7 @@ def test_a_killed_run_leaves_the_old_shards_and_the_next_the_same_bytes(
     while not (partial / "val/images-00.npy").exists():
         assert process.poll() is None
         time.sleep(0.02)
-    time.sleep(0.3)
+    time.sleep(0.1)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
     assert files(root / "data/augment/landmarks") == expected

@@ -18,7 +18,8 @@ SETTINGS = {
     "dropout": 0.3,
     "batch": 8,
     "learning_rate": 0.05,
-    "epochs": {"default": EPOCHS},
+    "epochs": EPOCHS,
+    "by_dataset": {},
     "precision": "float32",
 }
 

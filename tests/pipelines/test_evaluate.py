@@ -890,7 +890,7 @@ def test_a_side_is_what_training_heeds_and_all_that_is_held_out(
 
 
 def test_an_unknown_job_names_the_known_ones(world):
-    with world.inside(), pytest.raises(GrimaceError, match="it has emotion-plain, "):
+    with world.inside(), pytest.raises(GrimaceError, match="it has emotion-compact, "):
         evaluate.evaluate_job("emotion-vgg", world.params)
 
 

@@ -10,11 +10,14 @@ from pipelines.cli import COSTS, GrimaceError
 
 DEPLOYABLES = [
     "tflite/float32",
+    "tflite/float16",
+    "tflite/dynamic",
     "tflite/int8",
     "tfjs/float16",
     "tfjs/float32",
     "tfjs/uint8",
     "tensorrt/float32",
+    "tensorrt/float16",
     "tensorrt/int8",
 ]
 
