@@ -403,7 +403,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     rows, name = results["rows"], FIGURES[results["task"]][0]
-    figure, axis = plt.subplots(figsize=(7, 0.8 + 0.45 * len(rows)))
+    figure, axis = plt.subplots(figsize=(7, 1.6 + 0.5 * len(rows)))
     for offset, how, label in ((-0.12, "none", "single crop"), (0.12, "flip", "with mirror image")):
         shown = [
             (place, row["test"][how][name]) for place, row in enumerate(rows) if how in row["test"]
@@ -413,11 +413,11 @@ def draw(results: dict[str, Any], path: Path) -> None:
         places = [place + offset for place, _ in shown]
         axis.errorbar(means, places, xerr=np.abs(bounds - means), fmt="o", capsize=3, label=label)
     axis.set_yticks(range(len(rows)), [row["name"] for row in rows])
-    axis.invert_yaxis()
+    axis.set_ylim(len(rows) - 0.5, -0.5)
     axis.set_xlabel(f"{name}, % of the test faces" if name == "accuracy" else f"{name}, %")
     axis.grid(axis="x", alpha=0.3)
-    axis.legend(fontsize=8)
-    figure.tight_layout()
+    figure.legend(fontsize=8, loc="upper center", ncols=2)
+    figure.tight_layout(rect=(0, 0, 1, 0.9))
     figure.savefig(path, dpi=80)
     plt.close(figure)
 
