@@ -372,7 +372,7 @@ def page(results: dict[str, Any], task: TaskName) -> str:
     if ensembles:
         text += f"## Ensembles\n\n{markdown(ensembles, ('members', *columns))}\n"
     heads = ("network", "seed", "best epoch", "validation", *columns[: len(names)])
-    heads += ("training time", "on", "finished", "commit")
+    heads += ("training time", "on", "answered", "by commit")
     return text + f"## Every training\n\n{markdown(each, heads)}"
 
 
