@@ -17,6 +17,10 @@ import numpy as np
 import pytest
 import yaml
 
+# Prefect is imported before anything else: importing it closes the log handlers there are, and
+# of those that came before, absl's holds a stream of pytest's that pytest still needs.
+import flows.retrain  # noqa: F401  not Prefect itself: sets what it reads from the environment
+
 if TYPE_CHECKING:
     from pipelines.registry import Registry
 

@@ -3,8 +3,6 @@ from collections.abc import Iterator
 
 import pytest
 
-import flows.retrain  # noqa: F401  sets what Prefect reads from the environment when imported
-
 
 @pytest.fixture(scope="session")
 def prefect_server() -> Iterator[str]:
