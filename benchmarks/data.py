@@ -36,7 +36,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import psutil
 
-from pipelines.cli import GrimaceError, run, whole_folder
+from benchmarks.publication import show
+from pipelines.cli import GrimaceError, run
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -86,14 +87,7 @@ def main() -> None:
         "others": others,
     }
     rmtree(args.work)
-    print(page(results))
-    if args.publish:
-        from pipelines.report import machine
-
-        results["machine"] = machine()
-        with whole_folder(OUT) as out:
-            (out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
-            (out / "README.md").write_text(page(results))
+    show(results, page, OUT if args.publish else None)
 
 
 def _arguments() -> argparse.Namespace:
@@ -420,7 +414,6 @@ def page(results: dict[str, Any]) -> str:
             (stage, f"{middle(two):.1f} s", f"{added['seconds']:.1f} s", f"{share:.0%}")
         )
     cascade = images / others["cascade-loop"]["seconds"]
-    facts = "".join(f"- {name}: {text}\n" for name, text in results.get("machine", {}).items())
     how = (__doc__ or "").split("\n\n")[2]
     ratios = ("1 process to the loop", "2 processes to 1", "2 processes to two loops")
     return (
@@ -434,7 +427,6 @@ def page(results: dict[str, Any]) -> str:
         + markdown(memory, ("stage", "process", "half of the images", "all"))
         + f"\n## What {_added(images):,} more images cost, two processes\n\n"
         + markdown(additions, ("stage", "from nothing", "added to the rest", "share"))
-        + (f"\n## Where\n\n{facts}" if facts else "")
     )
 
 

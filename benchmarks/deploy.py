@@ -19,7 +19,6 @@ too: in headless Chromium, on a frame of 640 by 480 pixels, cropping included.
 """
 
 import argparse
-import json
 import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -37,8 +36,9 @@ from tqdm import tqdm
 
 from benchmarks.filtering import estimate
 from benchmarks.others import PACKAGES, Package, open_lite, package_of
+from benchmarks.publication import show
 from benchmarks.scores import FIGURES, percent, test_faces
-from pipelines.cli import GrimaceError, run, whole_folder
+from pipelines.cli import GrimaceError, run
 from pipelines.params import Params, TaskName, load_params
 
 OUT = Path("docs/results/deploy")
@@ -82,14 +82,7 @@ def main() -> None:
     if args.page:
         results["page"] = time_page()
     results["command"] = f"python -m benchmarks.deploy {' '.join(_told(args))}"
-    print(page(results))
-    if args.publish:
-        from pipelines.report import machine
-
-        results["machine"] = machine()
-        with whole_folder(OUT) as out:
-            (out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
-            (out / "README.md").write_text(page(results))
+    show(results, page, OUT if args.publish else None)
 
 
 def _arguments() -> argparse.Namespace:

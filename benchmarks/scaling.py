@@ -38,7 +38,8 @@ from typing import Any
 
 import numpy as np
 
-from pipelines.cli import GrimaceError, run, whole_folder
+from benchmarks.publication import show
+from pipelines.cli import GrimaceError, run
 from pipelines.job import Job
 
 OUT = Path("docs/results/scaling")
@@ -100,14 +101,7 @@ def main() -> None:
         **({} if args.predict else EXAMPLES),
     }
     results["faster"] = [args.faster] if args.predict else [1.0, 300.0]
-    print(page(results))
-    if args.publish:
-        from pipelines.report import machine
-
-        results["machine"] = machine()
-        with whole_folder(OUT) as out:
-            (out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
-            (out / "README.md").write_text(page(results))
+    show(results, page, OUT if args.publish else None)
 
 
 EXAMPLES = {
@@ -120,7 +114,7 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--job", default="emotion-residual", help="of params.yaml; task emotion")
+    parser.add_argument("--job", default="emotion-compact", help="of params.yaml; task emotion")
     parser.add_argument("--publish", action="store_true", help=f"write {OUT}")
     parser.add_argument("--predict", action="store_true", help="from what was published")
     parser.add_argument("--bandwidth", type=float, default=100.0, help="Gbit/s (default: 100)")
@@ -376,7 +370,6 @@ def page(results: dict[str, Any]) -> str:
                 f"{1e3 * communicating:.1f}",
             )
         )
-    facts = "".join(f"- {name}: {text}\n" for name, text in results.get("machine", {}).items())
     how = (__doc__ or "").split("\n\n", 2)[2]
     return (
         f"# Scaling over machines\n\nWritten by\n\n```\n{results['command']}\n```\n\n"
@@ -391,9 +384,7 @@ def page(results: dict[str, Any]) -> str:
         f"{costs.bytes / 1e6:.2f} MB\n\n## Held against it: two workers, ms a step\n\n"
         + markdown(check, ("images", "measured", "predicted", "computing", "communicating"))
         + "\n## Predicted, from assumed networks\n\nNo figure below was measured. Efficiency is "
-        "images a second to as many single workers.\n"
-        + "".join(_predictions(results, costs))
-        + (f"\n## Where\n\n{facts}" if facts else "")
+        "images a second to as many single workers.\n" + "".join(_predictions(results, costs))
     )
 
 

@@ -28,7 +28,8 @@ from typing import Any
 
 import numpy as np
 
-from pipelines.cli import GrimaceError, run, whole_folder
+from benchmarks.publication import show
+from pipelines.cli import GrimaceError, run
 
 DATASET, NETWORK, BATCH, SIZE = "fer2013", "emojify", 64, 48
 OUT = Path("docs/results/train")
@@ -52,14 +53,7 @@ def main() -> None:
         "rounds": rounds,
     }
     rmtree(args.work)
-    print(page(results))
-    if args.publish:
-        from pipelines.report import machine
-
-        results["machine"] = machine()
-        with whole_folder(OUT) as out:
-            (out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
-            (out / "README.md").write_text(page(results))
+    show(results, page, OUT if args.publish else None)
 
 
 def _arguments() -> argparse.Namespace:
@@ -142,7 +136,9 @@ def ours(work: Path, precision: str) -> dict[str, float]:
     """Train by `pipelines.fit`."""
     import pandas as pd
 
-    from pipelines.fit import Batches, Job, fit
+    from pipelines.batches import Batches
+    from pipelines.fit import fit
+    from pipelines.job import Job
     from pipelines.shards import read_view
 
     job = Job(
@@ -242,7 +238,6 @@ def page(results: dict[str, Any]) -> str:
         (arm, f"{median(speeds(arm)):,.0f}", ratio(arm)) for arm in ARMS
     ]
     waiting = median(row["ours"]["waiting"] for row in rounds)
-    facts = "".join(f"- {name}: {text}\n" for name, text in results.get("machine", {}).items())
     how = (__doc__ or "").split("\n\n")[2]
     return (
         f"# Speed of training\n\nWritten by\n\n```\n{results['command']}\n```\n\n"
@@ -250,7 +245,6 @@ def page(results: dict[str, Any]) -> str:
         f"rounds: {len(rounds)}; ours at {results['precision']}.\n\n{how}\n\n"
         + markdown(table, ("way", "images a second, median", "ours to it, with range"))
         + f"\nOur loop waits for data {waiting:.1%} of its time.\n"
-        + (f"\n## Where\n\n{facts}" if facts else "")
     )
 
 

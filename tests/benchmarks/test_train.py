@@ -1,0 +1,48 @@
+"""The three ways of training, on a few drawn faces laid out as the benchmark does."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from benchmarks import train
+from pipelines.datasets import builder, synthetic
+from pipelines.datasets.example import Example
+
+LIMIT = 80
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("train")
+
+    def drawn(_: Path) -> Iterator[Example]:
+        return synthetic.examples(LIMIT + train.BATCH, 3)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(builder, "read", drawn)
+        assert train.prepare(folder, folder / "work", LIMIT) == LIMIT
+    return folder / "work"
+
+
+def test_every_way_trains_on_the_same_images(work: Path) -> None:
+    files = list((work / "folders").rglob("*.jpg"))
+    assert len(files) == LIMIT
+    for arm in train.ARMS:
+        figures = train.ARM[arm](work, "float32")
+        assert figures["images_per_second"] > 0
+        assert ("waiting" in figures) == (arm in ("ours", "float32"))
+
+
+def test_the_page_compares_round_by_round() -> None:
+    """Ours is twice and four times as fast as the generator in two rounds: 3 times, from 2 to 4."""
+
+    def arms(ours: float, generator: float) -> dict[str, dict[str, float]]:
+        speeds = {"ours": ours, "float32": 50.0, "generator": generator, "dataset": 100.0}
+        return {arm: {"images_per_second": speed, "waiting": 0.01} for arm, speed in speeds.items()}
+
+    rounds = [arms(200, 100), arms(200, 50)]
+    results = {"command": "it", "date": "today", "images": 9, "precision": "float32"}
+    page = train.page(results | {"rounds": rounds})
+    assert "| generator | 75 | 3.00 (2.00 – 4.00) |" in page
+    assert "waits for data 1.0% of its time" in page
