@@ -82,6 +82,7 @@ def main() -> None:
     args = parser.parse_args()
     params = load_params()
     dataset = args.dataset or params.tasks.named(args.task).dataset
+    check(args.images, dataset)  # before the registry and the model are loaded, which takes long
     model, model_name = (args.model, str(args.model)) if args.model else model_of(args.task, params)
     found = measure_folder(args.images, dataset, args.task, model, params)
     result = {"dataset": dataset, "task": args.task, "model": model_name, **found.result}
@@ -156,8 +157,7 @@ def measure_folder(
         GrimaceError: there is no such folder or dataset, or the model cannot be read.
     """
     settings = params.watch.drift
-    if not images.is_dir():
-        raise GrimaceError(f"{images} is not a folder; --images names the folder of new pictures")
+    check(images, dataset)
     network = _load(model) if model else None
     shape = params.tasks.named(task)
     if network is not None:
@@ -195,6 +195,22 @@ def measure_folder(
     return Found(result, known, unseen, incoming, scores, unusual)
 
 
+def check(images: Path, dataset: str) -> None:
+    """Refuse what cannot be compared.
+
+    Raises:
+        GrimaceError: there is no such folder, or the dataset has not been split yet.
+    """
+    if not images.is_dir():
+        raise GrimaceError(f"{images} is not a folder; --images names the folder of new pictures")
+    clean, index = Path("data/clean", dataset), Path("data/split", dataset, "index.parquet")
+    if not clean.is_dir() or not index.exists():
+        raise GrimaceError(
+            f"{clean} or {index} is missing, so there is nothing to compare with; run "
+            f"`dvc repro split@{dataset}`"
+        )
+
+
 def verdict(result: dict[str, Any]) -> str:
     """Say in one line what has drifted."""
     moved = [row["name"] for row in result["statistics"] if row["drifted"]]
@@ -213,11 +229,6 @@ def verdict(result: dict[str, Any]) -> str:
 def _side(dataset: str, side: str, settings: Drift) -> list[tuple[str, bytes]]:
     """Draw pictures of one side of a dataset, of those that training heeds."""
     clean, index = Path("data/clean", dataset), Path("data/split", dataset, "index.parquet")
-    if not clean.is_dir() or not index.exists():
-        raise GrimaceError(
-            f"{clean} or {index} is missing, so there is nothing to compare with; run "
-            f"`dvc repro split@{dataset}`"
-        )
     sides = pd.read_parquet(index, columns=["id", "split"])
     there = set(sides.loc[sides["split"] == side, "id"])
     heeded = (row for row in read_examples(clean, images=False) if row.weight > 0)
