@@ -510,7 +510,7 @@ def _sort(
     done = Sorted({}, [], size, [*intake.wrong.items()], table.name if table else "", header, [])
     verdicts: dict[str, str] = {}
     mine: dict[str, str] = {}
-    std = params.filter.checks_of(OWN).blank.std
+    std = _blank_below(params)
     rows = tqdm(folder.rows(intake.archive), "check", unit=" pictures", leave=False, delay=3)
     try:
         for row in rows:
@@ -596,7 +596,7 @@ def _collect_unlabelled(
     Returns:
         What has to wait, and why.
     """
-    minimum, std = params.watch.drift.minimum, params.filter.checks_of(OWN).blank.std
+    minimum, std = params.watch.drift.minimum, _blank_below(params)
     refuse = Refuse(journal, params.watch, "unlabelled")
     good: list[Move] = []
     bad: list[tuple[Landed | Path | None, str, str]] = []  # members of archives
@@ -629,6 +629,12 @@ def _collect_unlabelled(
     journal.moves += good
     journal.unlabelled = len(good)
     return []
+
+
+def _blank_below(params: Params) -> float:
+    """Grey levels that vary by less are blank; 0 where `filter` would keep such pictures too."""
+    check = params.filter.checks_of(OWN).blank
+    return check.std if check.action == "drop" else 0.0
 
 
 # The version
