@@ -136,18 +136,20 @@ def watch(trigger: Trigger = "event") -> State[Any]:
         said.append(f"no task learns from {OWN}: name it as dataset under `tasks` in params.yaml")
     elif records:
         reasons += [new_data(record, learning) for record in records]
-    failed = ""
+    failed, settled = False, trigger != "none"
     if trigger == "event":
         send(reasons)
         said += [f"sent {reason.event}" for reason in reasons]
     elif trigger == "retrain" and reasons:
         state = retrain(return_state=True)
-        failed = "" if state.is_completed() else f"retrain: {state.message or state.name}"
-        said.append(f"retrain: {state.message}")
-    if trigger != "none" or not learning:
+        said.append(f"retrain: {state.message or state.name}")
+        # Where it did not come to work, a later look asks for it again.
+        settled = state.name != "Busy" and not state.is_cancelled()
+        failed = settled and not state.is_completed()
+    if settled or not learning:
         for record in records:
             landing.told_of_version(record["version"])
-    if trigger != "none":
+    if settled:
         for batch in batches:
             landing.told_of_batch(batch)
     if seen.version or seen.batch or seen.quarantined or drifts or records:
@@ -157,7 +159,7 @@ def watch(trigger: Trigger = "event") -> State[Any]:
             description="What has landed, and what came of it.",
         )
     message = "\n".join(said)
-    return Failed(message=f"{failed}\n{message}") if failed else Completed(message=message)
+    return Failed(message=message) if failed else Completed(message=message)
 
 
 @task(cache_policy=NO_CACHE)

@@ -18,6 +18,7 @@ from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterKey
 from prefect.events import Event, Resource
 from prefect.server.events.schemas.automations import EventTrigger, Posture
 from prefect.server.events.schemas.events import ReceivedEvent
+from prefect.states import Cancelled, Failed
 
 from flows.watch import DRIFT, NEW, Trigger, watch
 from pipelines import landing
@@ -160,6 +161,22 @@ def test_a_retrain_of_its_own_takes_the_version_for_a_changed_input() -> None:
     report = json.loads(Path("reports/download/folder.json").read_text())
     assert (report["archive"], report["examples"]) == ("0002", 4)
     assert events(NEW) == []  # or a deployment would retrain as well
+
+
+def test_a_retrain_that_finds_the_workspace_held_is_asked_for_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    states = [
+        Failed(name="Busy", message="held by somebody"),
+        Cancelled(message="cut"),
+        Failed(message="a stage failed"),
+    ]
+    monkeypatch.setattr("flows.watch.retrain", lambda **_: states.pop(0))
+    drop("happy/1.png", picture(700))
+    assert look("retrain").endswith("retrain: held by somebody")
+    assert look("retrain").endswith("retrain: cut")
+    assert watch("retrain", return_state=True).is_failed()
+    assert look("retrain") == "nothing new has landed"  # what failed is not tried for ever
 
 
 def test_drift_of_pictures_without_labels_is_one_event_a_batch() -> None:
