@@ -181,6 +181,17 @@ def test_too_few_pictures_and_no_model_are_said_not_computed(
         drift.measure_folder(images, "synthetic", "emotion", tmp_path / "bad.keras", load_params())
 
 
+def test_the_champion_comes_before_the_candidate(shop: Any) -> None:
+    assert drift.model_of("emotion", load_params()) == (None, "")
+    number = shop.candidate(0.9)
+    candidate = Path("deploy/candidate/emotion.keras")
+    assert drift.model_of("emotion", load_params()) == (candidate, str(candidate))
+    shop.store().promote(number, "Ada", "the first")
+    path, name = drift.model_of("emotion", load_params())
+    assert name == "grimace-emotion version 1"
+    assert path is not None and path.read_bytes() == candidate.read_bytes()
+
+
 def test_features_are_the_input_of_the_last_layer_that_has_weights(workspace: Path) -> None:
     network = drift._load(Path("model.keras"))
     images = np.random.default_rng(1).integers(0, 256, (5, 32, 32, 1), np.uint8)
