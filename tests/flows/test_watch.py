@@ -5,8 +5,10 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
 import cv2
 import numpy as np
@@ -14,10 +16,15 @@ import pandas as pd
 import pytest
 import yaml
 from prefect import get_client
-from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterKey
+from prefect.client.schemas.filters import (
+    ArtifactFilter,
+    ArtifactFilterKey,
+    DeploymentFilter,
+    DeploymentFilterId,
+)
 from prefect.events import Event, Resource
-from prefect.server.events.schemas.automations import EventTrigger, Posture
-from prefect.server.events.schemas.events import ReceivedEvent
+from prefect.events.actions import RunDeployment
+from prefect.events.schemas.automations import AutomationCore, EventTrigger, Posture
 from prefect.states import Cancelled, Failed
 
 from flows.watch import DRIFT, NEW, Trigger, watch
@@ -84,7 +91,37 @@ def events(name: str) -> list[dict[str, Any]]:
     return [row for row in found if {row["payload"].get(key) for key in ("sha256", "batch")} & own]
 
 
-def test_many_files_are_one_event_which_a_trigger_can_await() -> None:
+@pytest.fixture
+def deployment() -> Iterator[UUID]:
+    """A deployment that a new version starts, as a trigger in prefect.yaml makes one."""
+    with get_client(sync_client=True) as client:
+        flow = client.create_flow_from_name("retrained")
+        deployment = client.create_deployment(flow_id=flow, name="new-data")
+        trigger = EventTrigger(
+            expect={NEW}, match={"prefect.resource.id": "grimace.data.*"}, posture=Posture.Reactive
+        )
+        action = RunDeployment(source="selected", deployment_id=deployment)
+        automation = client.create_automation(
+            AutomationCore(name="new data", trigger=trigger, actions=[action])
+        )
+        yield deployment
+        client.request("DELETE", f"/automations/{automation}")
+        client.delete_deployment(deployment)
+
+
+def runs_of(deployment: UUID, wanted: int) -> bool:
+    """Whether so many runs were started, and a moment later no more."""
+    only = DeploymentFilter(id=DeploymentFilterId(any_=[deployment]))
+    with get_client(sync_client=True) as client:
+        for _ in range(100):
+            if len(client.read_flow_runs(deployment_filter=only)) >= wanted:
+                break
+            time.sleep(0.1)
+        time.sleep(1)
+        return len(client.read_flow_runs(deployment_filter=only)) == wanted
+
+
+def test_many_files_are_one_event_that_starts_a_deployment_once(deployment: UUID) -> None:
     for number in range(25):
         drop(f"{['happy', 'sad'][number % 2]}/{number}.png", picture(100 + number))
     drop("happy/torn.png", b"no picture")
@@ -101,19 +138,13 @@ def test_many_files_are_one_event_which_a_trigger_can_await() -> None:
         "added": 25,
         "tasks": ["emotion"],
     }
-    trigger = EventTrigger(
-        expect={NEW, DRIFT},
-        match={"prefect.resource.id": "grimace.data.*"},
-        posture=Posture.Reactive,
-        threshold=1,
-        within=0,
-    )
-    assert trigger.covers(ReceivedEvent.model_validate(event))
+    assert runs_of(deployment, 1)
     assert look() == "nothing new has landed"
     assert len(events(NEW)) == 1
     drop("happy/more.png", picture(200))
     look()
     assert sorted(row["payload"]["version"] for row in events(NEW)) == [1, 2]
+    assert runs_of(deployment, 2)
     with get_client(sync_client=True) as client:
         only = ArtifactFilter(key=ArtifactFilterKey(any_=["grimace-watch"]))
         texts = [row.data for row in client.read_artifacts(artifact_filter=only)]
