@@ -108,6 +108,9 @@ def test_unknown_key_like_no_other(load: Load) -> None:
         # impossible values
         ("split.val", 0),
         ("split.test", -0.1),
+        ("watch.settle", -1),
+        ("watch.drift.minimum", 5),
+        ("watch.drift.auc", 0.4),
         ("filter.checks.blank.std", -1),
         ("filter.checks.blank.std", float("inf")),
         ("train.jobs.emotion-plain.learning_rate", float("nan")),
@@ -127,9 +130,6 @@ def test_unknown_key_like_no_other(load: Load) -> None:
         ("augment.landmarks.views", 0),
         ("augment.landmarks.jitter_scale", 1),
         ("download.fer2013.sha256.0", "26c5"),
-        ("watch.settle", -1),
-        ("watch.drift.minimum", 5),
-        ("watch.drift.auc", 0.4),
     ],
 )
 def test_wrong_type_or_impossible_value(load: Load, key: str, value: Any) -> None:
@@ -156,6 +156,11 @@ def test_missing_transform_name(load: Load) -> None:
     [
         ("tasks.emotion.dataset", "fer2031", "tasks.emotion.dataset: 'fer2031' is not a dataset"),
         ("split.val", 0.85, "split: val + test leave nothing for training"),
+        (
+            "watch.quarantine",
+            "data/landing/labelled/bad",
+            "watch: data/landing/labelled has to lie apart from the other folders",
+        ),
         ("train.jobs.emotion-plain.loss", "wing", "train.jobs.emotion-plain: loss wing"),
         (
             "train.jobs.emotion-plain.by_dataset",
@@ -186,11 +191,6 @@ def test_missing_transform_name(load: Load) -> None:
         ("filter.overrides", {"fer2031": {}}, "filter: overrides names unknown datasets: fer2031"),
         ("filter.restore", {"fer2031": []}, "filter: restore names unknown datasets: fer2031"),
         ("train.workers", 2, "train.workers: 2 need a cluster; set cluster.address, or train.dev"),
-        (
-            "watch.quarantine",
-            "data/landing/labelled/bad",
-            "watch: data/landing/labelled has to lie apart from the other folders",
-        ),
     ],
 )
 def test_values_that_do_not_fit_each_other(load: Load, key: str, value: Any, words: str) -> None:
