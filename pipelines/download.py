@@ -14,7 +14,7 @@ import json
 import os
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -199,11 +199,18 @@ def _measure(archive: Archive) -> tuple[int, str]:
                 sum_.update(block)
                 bar.update(len(block))
         return size, sum_.hexdigest()
+    digests: dict[str, str] = {}
     for name in tqdm(archive.names(), desc="checksum", unit=" files", leave=False):
         content, _ = archive.read(name)
         size += len(content)
-        sum_.update(f"{name}\0{hashlib.sha256(content).hexdigest()}\n".encode())
-    return size, sum_.hexdigest()
+        digests[name] = hashlib.sha256(content).hexdigest()
+    return size, folder_sum(digests)
+
+
+def folder_sum(digests: Mapping[str, str]) -> str:
+    """Return the SHA-256 that stands for a folder, from those of its files by their names."""
+    lines = (f"{name}\0{digests[name]}\n".encode() for name in sorted(digests))
+    return hashlib.sha256(b"".join(lines)).hexdigest()
 
 
 def _store(name: str, examples: Iterable[Example], expected: int | None) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import argparse
 import difflib
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
@@ -81,6 +81,44 @@ def load_params(path: Path = Path("params.yaml")) -> "Params":
     except ValidationError as error:
         lines = [_explain(item, raw) for item in error.errors()]
         raise GrimaceError("\n       ".join(f"{path}: {line}" for line in lines)) from None
+
+
+def edit_params(change: Callable[[Any], None], target: Path = Path("params.yaml")) -> None:
+    """Change values in the parameter file, and leave the rest of its text as it is.
+
+    Args:
+        change: is given what ruamel.yaml has loaded, and changes that.
+        target: the file; replaced in one step.
+
+    Raises:
+        GrimaceError: the file would not be valid; then it stays as it was.
+    """
+    from ruamel.yaml import YAML
+    from ruamel.yaml.representer import RoundTripRepresenter
+
+    class Representer(RoundTripRepresenter):
+        """Writes null as params.yaml does."""
+
+    Representer.add_representer(
+        type(None), lambda self, _: self.represent_scalar("tag:yaml.org,2002:null", "null")
+    )
+    editor = YAML()
+    editor.Representer = Representer
+    editor.preserve_quotes, editor.width = True, 10**6
+    editor.indent(mapping=2, sequence=4, offset=2)
+    text = editor.load(target.read_text())
+    change(text)
+    draft = target.with_name(f".{target.name}.partial")
+    try:
+        with draft.open("w") as file:
+            editor.dump(text, file)
+        load_params(draft)
+        draft.replace(target)
+    except GrimaceError as error:
+        said = str(error).replace(f"{draft}: ", "")
+        raise GrimaceError(f"{target} would not be valid: {said}") from None
+    finally:
+        draft.unlink(missing_ok=True)
 
 
 class _Loader(yaml.SafeLoader):
@@ -771,6 +809,64 @@ class Notify(_Section):
     block: Annotated[str, Field(pattern="^[a-z0-9-]+/[a-z0-9-]+$")]
 
 
+class ArchiveLimits(_Section):
+    """The most that an archive may hold when unpacked: MiB in all, and files."""
+
+    mib: PositiveInt
+    files: PositiveInt
+
+
+class Drift(_Section):
+    """When pictures without labels are no longer like those that the model was trained on.
+
+    Attributes:
+        minimum: pictures on either side, below which nothing is computed.
+        sample: pictures that are looked at on either side, at most.
+        alpha: p-value, corrected for the number of tests, below which a difference is no chance.
+        distance: largest difference of the cumulative distributions (Kolmogorov's D, 0 to 1) from
+            which a statistic has drifted.
+        auc: area under the ROC curve of a classifier that tells incoming pictures from known ones
+            by the model's features, from which these have drifted; 0.5 is guessing.
+        seed: of the samples and of the classifier's split.
+    """
+
+    minimum: Annotated[int, Field(ge=20)]
+    sample: Annotated[int, Field(ge=20)]
+    alpha: Share
+    distance: Share
+    auc: Annotated[float, Field(ge=0.5, lt=1.0)]
+    seed: Annotated[int, Field(ge=0)]
+
+
+class Watch(_Section):
+    """What `flows.watch` looks for, and where.
+
+    Attributes:
+        labelled: folder in which new pictures with labels land, arranged as the dataset `folder`
+            wants them (pipelines/datasets/folder.md), or zip or tar files of the same.
+        unlabelled: folder in which pictures without labels land, or archives of them.
+        quarantine: folder to which goes what cannot be used, with `quarantine.csv`.
+        settle: seconds for which a file must not have changed to be taken for whole.
+        archive: bounds on what may be unpacked.
+        drift: when pictures without labels tell of a changed world.
+    """
+
+    labelled: Path
+    unlabelled: Path
+    quarantine: Path
+    settle: NonNegative
+    archive: ArchiveLimits
+    drift: Drift
+
+    @model_validator(mode="after")
+    def _folders_are_apart(self) -> Self:
+        folders = [self.labelled, self.unlabelled, self.quarantine]
+        for one in folders:
+            if any(one == other or one in other.parents for other in folders if other is not one):
+                raise ValueError(f"{one} has to lie apart from the other folders")
+        return self
+
+
 class Tracking(_Section):
     """Where MLflow keeps runs; the environment's MLFLOW_TRACKING_URI has precedence."""
 
@@ -795,6 +891,7 @@ class Params(_Section):
     verify: Verify
     gate: Gate
     notify: Notify
+    watch: Watch
 
     @model_validator(mode="after")
     def _tasks_have_data_and_models(self) -> Self:

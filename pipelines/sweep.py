@@ -28,7 +28,15 @@ from pydantic import BaseModel, ConfigDict
 
 from pipelines import tracking
 from pipelines.cli import GrimaceError
-from pipelines.params import Params, Range, TaskName, load_params, meant, number_type, varied
+from pipelines.params import (
+    Params,
+    Range,
+    TaskName,
+    edit_params,
+    meant,
+    number_type,
+    varied,
+)
 from pipelines.shards import read_meta
 
 if TYPE_CHECKING:
@@ -354,46 +362,27 @@ def apply(overlay: Path, target: Path = Path("params.yaml")) -> dict[str, Any]:
         GrimaceError: there is no such overlay, or params.yaml would not be valid with it; then
             it stays as it was.
     """
-    from ruamel.yaml import YAML
     from ruamel.yaml.comments import CommentedSeq
-    from ruamel.yaml.representer import RoundTripRepresenter
 
-    class Representer(RoundTripRepresenter):
-        """Writes null as params.yaml does."""
-
-    Representer.add_representer(
-        type(None), lambda self, _: self.represent_scalar("tag:yaml.org,2002:null", "null")
-    )
-    editor = YAML()
-    editor.Representer = Representer
-    editor.preserve_quotes, editor.width = True, 10**6
-    editor.indent(mapping=2, sequence=4, offset=2)
     if not overlay.exists():
         raise GrimaceError(f"there is no {overlay}; search first")
-    text = editor.load(target.read_text())
     changed = {}
-    for job, values in yaml.safe_load(overlay.read_text())["train"]["jobs"].items():
-        if job not in text["train"]["jobs"]:
-            raise GrimaceError(f"{overlay} is for the job {job}, which {target} does not have")
-        for dataset, own in values["by_dataset"].items():
-            place = text["train"]["jobs"][job].setdefault("by_dataset", {}).setdefault(dataset, {})
-            for field, value in own.items():
-                changed[f"train.jobs.{job}.by_dataset.{dataset}.{field}"] = value
-                place[field] = value
-                if isinstance(value, list):  # on one line
-                    place[field] = listed = CommentedSeq(value)
-                    listed.fa.set_flow_style()
-    draft = target.with_name(f".{target.name}.partial")
-    try:
-        with draft.open("w") as file:
-            editor.dump(text, file)
-        load_params(draft)
-        draft.replace(target)
-    except GrimaceError as error:
-        said = str(error).replace(f"{draft}: ", "")
-        raise GrimaceError(f"{target} would not be valid with {overlay}: {said}") from None
-    finally:
-        draft.unlink(missing_ok=True)
+
+    def change(text: Any) -> None:
+        for job, values in yaml.safe_load(overlay.read_text())["train"]["jobs"].items():
+            if job not in text["train"]["jobs"]:
+                raise GrimaceError(f"{overlay} is for the job {job}, which {target} does not have")
+            by_dataset = text["train"]["jobs"][job].setdefault("by_dataset", {})
+            for dataset, own in values["by_dataset"].items():
+                place = by_dataset.setdefault(dataset, {})
+                for field, value in own.items():
+                    changed[f"train.jobs.{job}.by_dataset.{dataset}.{field}"] = value
+                    place[field] = value
+                    if isinstance(value, list):  # on one line
+                        place[field] = listed = CommentedSeq(value)
+                        listed.fa.set_flow_style()
+
+    edit_params(change, target)
     return changed
 
 

@@ -1,14 +1,21 @@
-"""Read a dataset's archive in place, whether it is a zip file, the unpacked folder or one CSV."""
+"""Read a dataset's archive in place, whether it is a zip file, the unpacked folder or one CSV.
+
+What comes from strangers is unpacked instead, by `unpack`, which trusts nothing that it says.
+"""
 
 import csv
+import errno
 import html
 import io
+import lzma
 import re
+import tarfile
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import IO
+from typing import IO, NamedTuple
 from zipfile import BadZipFile, ZipFile
 
 from pipelines.cli import GrimaceError
@@ -119,6 +126,101 @@ def open_inner(archive: Archive, name: str) -> Archive:
             f"{path} is no whole zip file ({_reason(error)}); get {archive.path} again"
         ) from None
     return _of_zip(path, zipped)
+
+
+class Member(NamedTuple):
+    """A file in an archive that is being unpacked.
+
+    Attributes:
+        name: as the archive has it, folders joined by "/".
+        opened: opens it, or says in its error what is wrong.
+    """
+
+    name: str
+    opened: Callable[[], IO[bytes]]
+
+
+def unpack(path: Path, folder: Path, most_bytes: int, most_files: int) -> dict[str, str]:
+    """Unpack a zip or tar file (plain, or packed by gzip, bzip2 or xz) into a folder.
+
+    What is written is counted as it comes, for an archive's own figures may lie. Hidden files and
+    what operating systems leave behind are written too; `open_archive` passes them over.
+
+    Args:
+        path: the archive.
+        folder: is made, and has to be empty.
+        most_bytes: that all members together may have, unpacked.
+        most_files: that it may hold.
+
+    Returns:
+        By name, what is wrong with the members that could not be unpacked.
+
+    Raises:
+        GrimaceError: it is no such archive or ends early, a member's name leads out of the folder,
+            or it holds more than it may. What was written by then is for the caller to remove.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    members = _tar_members(path) if tarfile.is_tarfile(path) else _zip_members(path)
+    wrong: dict[str, str] = {}
+    for number, member in enumerate(members, 1):
+        inside = PurePosixPath(member.name)
+        if inside.is_absolute() or ".." in inside.parts or re.match("[A-Za-z]:", member.name):
+            raise GrimaceError(
+                f"{path} has a member {member.name!r}, which would be written outside of its "
+                "folder; do not trust whoever packed it"
+            )
+        if number > most_files:
+            raise GrimaceError(f"{path} holds more than {most_files:,} files; split it up")
+        target = folder / inside
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with member.opened() as source, target.open("xb") as out:
+                while block := source.read(1 << 20):
+                    most_bytes -= len(block)
+                    if most_bytes < 0:
+                        break
+                    out.write(block)
+        except (FileExistsError, NotADirectoryError):
+            wrong[member.name] = "the archive has something else of this name"
+        except (tarfile.TarError, lzma.LZMAError, *_UNREADABLE) as error:
+            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            wrong[member.name] = f"cannot be unpacked: {_reason(error)}"
+            target.unlink(missing_ok=True)
+        if most_bytes < 0:
+            raise GrimaceError(
+                f"{path} holds more than it may when unpacked (a zip bomb, or simply large); see "
+                "`watch.archive` in params.yaml"
+            )
+    return wrong
+
+
+def _zip_members(path: Path) -> Iterator[Member]:
+    _open_file(path)  # says what it is instead, where it is no zip file
+    with ZipFile(path) as zipped:
+        for info in zipped.infolist():
+            if not info.is_dir():
+                name = info.filename.replace("\\", "/")
+                yield Member(name, partial(zipped.open, info))
+
+
+def _tar_members(path: Path) -> Iterator[Member]:
+    try:
+        with tarfile.open(path) as packed:
+            for info in packed:
+                if not info.isdir():
+                    yield Member(info.name, partial(_open_tarred, packed, info))
+    except (tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError) as error:
+        raise GrimaceError(
+            f"{path} ends early or is damaged ({type(error).__name__}); get it again"
+        ) from None
+
+
+def _open_tarred(packed: tarfile.TarFile, info: tarfile.TarInfo) -> IO[bytes]:
+    file = packed.extractfile(info) if info.isreg() else None
+    if file is None:  # a link could point anywhere
+        raise OSError(errno.EINVAL, "a link or device, not a file")
+    return file
 
 
 def web_page_notice(head: bytes) -> str:

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
+from typing import NamedTuple
 
 from models.schemes import EMOTIONS, SCHEMES
 from pipelines.cli import GrimaceError
@@ -46,8 +47,15 @@ _OPTIONAL = ("person", "split", "emotion")
 
 
 @dataclass(frozen=True)
-class _Table:
-    """Where the landmarks are, and which column holds what."""
+class Table:
+    """Where the landmarks are, and which column holds what.
+
+    Attributes:
+        name: of the CSV in the archive.
+        width: how many cells a row has.
+        columns: place of each column by its name, in the order of the header.
+        coordinates: places of x0, y0, x1, y1, …
+    """
 
     name: str
     width: int
@@ -55,10 +63,25 @@ class _Table:
     coordinates: list[int]
 
 
+class Row(NamedTuple):
+    """A row of the table, or a file that no row names.
+
+    Attributes:
+        name: of the picture in the archive, whether it is there or not; of a row without the
+            right number of cells, the table's and the row's number.
+        cells: of the row; () for a file.
+        example: what they say.
+    """
+
+    name: str
+    cells: Sequence[str]
+    example: Example
+
+
 def recognises(archive: Archive) -> bool:
     """Whether the archive has the table, or a picture below a folder named after an expression."""
     return any(
-        PurePosixPath(name).name == TABLE or (_is_picture(name) and _classes_of(name))
+        PurePosixPath(name).name == TABLE or (is_picture(name) and classes_of(name))
         for name in archive.names()
     )
 
@@ -83,27 +106,34 @@ def examples(archive: Archive) -> Iterator[Example]:
         GrimaceError: there are several tables, or the table's header is not as described in the
             data card.
     """
-    table = _find_table(archive)
+    return (row.example for row in rows(archive))
+
+
+def rows(archive: Archive) -> Iterator[Row]:
+    """Yield the same with the names of the pictures and the rows' own cells."""
+    table = find_table(archive)
     files = set(archive.names())
     rest = dict.fromkeys(archive.names())
     if table:
         del rest[table.name]
-        rows = archive.read_csv(table.name)
-        next(rows)
-        for number, cells in enumerate(rows):
+        lines = archive.read_csv(table.name)
+        next(lines)
+        for number, cells in enumerate(lines):
             if len(cells) != table.width:
                 defect = f"row has {len(cells)} cells instead of {table.width}"
-                yield Example(_id(f"{table.name}/{number}"), b"", defect=defect)
+                name = f"{table.name}/{number}"
+                yield Row(name, cells, Example(id_of(name), b"", defect=defect))
                 continue
-            member = _member(table, cells)
+            member = member_of(table, cells)
             rest.pop(member, None)
-            yield _from_row(archive, table, cells, member, found=member in files)
+            example = _from_row(archive, table, cells, member, found=member in files)
+            yield Row(member, cells, example)
     for name in rest:
-        yield _from_file(archive, name)
+        yield Row(name, (), _from_file(archive, name))
 
 
 def _from_row(
-    archive: Archive, table: _Table, cells: list[str], member: str, *, found: bool
+    archive: Archive, table: Table, cells: list[str], member: str, *, found: bool
 ) -> Example:
     said = {
         name: cells[table.columns[name]].strip() if name in table.columns else ""
@@ -117,7 +147,7 @@ def _from_row(
         bad_points = ""  # a face for the emotion task only
     image, damage = archive.read(member) if found else (b"", "its image is not in the archive")
     return Example(
-        id=_id(member),
+        id=id_of(member),
         image=image,
         emotion=_emotion(label),
         label=label,
@@ -130,13 +160,13 @@ def _from_row(
 
 
 def _from_file(archive: Archive, name: str) -> Example:
-    if not _is_picture(name):
+    if not is_picture(name):
         # Its own ending is not repeated: of "Dr. Ann Lee" it is a name.
-        return Example(_id(name), b"", defect=f"not a picture: known are {', '.join(_PICTURES)}")
+        return Example(id_of(name), b"", defect=f"not a picture: known are {', '.join(_PICTURES)}")
     label, bad_label = _label_of(name)
     image, damage = archive.read(name)
     return Example(
-        id=_id(name),
+        id=id_of(name),
         image=image,
         emotion=_emotion(label),
         label=label,
@@ -145,7 +175,12 @@ def _from_file(archive: Archive, name: str) -> Example:
     )
 
 
-def _find_table(archive: Archive) -> _Table | None:
+def find_table(archive: Archive) -> Table | None:
+    """Read the header of the archive's table; None where there is no table.
+
+    Raises:
+        GrimaceError: there are several, or its header is not as described in the data card.
+    """
     names = [name for name in archive.names() if PurePosixPath(name).name == TABLE]
     if not names:
         return None
@@ -174,22 +209,23 @@ def _find_table(archive: Archive) -> _Table | None:
             f"{archive.path}: {names[0]} {problem}; its columns are image, x0, y0, x1, y1 and so "
             f"on for {sizes} points, and if you like {', '.join(_OPTIONAL)}"
         )
-    return _Table(names[0], len(header), columns, [columns[name] for name in wanted])
+    return Table(names[0], len(header), columns, [columns[name] for name in wanted])
 
 
-def _member(table: _Table, cells: list[str]) -> str:
+def member_of(table: Table, cells: Sequence[str]) -> str:
+    """Return the name in the archive of the picture that a row names."""
     picture = cells[table.columns["image"]].strip().replace("\\", "/")
     return str(PurePosixPath(table.name).parent / picture)
 
 
-def _classes_of(name: str) -> list[str]:
+def classes_of(name: str) -> list[str]:
     """Labels that the folders above a file stand for."""
     words = [folder.lower() for folder in PurePosixPath(name).parts[:-1]]
     return sorted({_LABELS[word] for word in words if word in _LABELS})
 
 
 def _label_of(name: str) -> tuple[str, str]:
-    classes = _classes_of(name)
+    classes = classes_of(name)
     if len(classes) > 1:  # angry/joy/1.jpg: Joy may be a person
         return "", f"below folders of more than one class: {', '.join(classes)}"
     return classes[0] if classes else "", ""
@@ -227,11 +263,13 @@ def _emotion(label: str) -> int:
     return EMOTIONS.index(label) if label in EMOTIONS else -1
 
 
-def _is_picture(name: str) -> bool:
+def is_picture(name: str) -> bool:
+    """Whether a file is called as pictures are."""
     return PurePosixPath(name).suffix.lower() in _PICTURES
 
 
-def _id(name: str) -> str:
+def id_of(name: str) -> str:
+    """Return the id of a picture by its name in the archive."""
     return f"folder-{_hash(name)}"
 
 

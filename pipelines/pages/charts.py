@@ -18,13 +18,16 @@ LINES = [  # enough for fifteen to be told apart
 ]
 
 
-def distribution(series: Mapping[str, np.ndarray], title: str, unit: str) -> Markup:
+def distribution(
+    series: Mapping[str, np.ndarray], title: str, unit: str, shares: bool = False
+) -> Markup:
     """Draw histograms over each other, on one scale; the outermost bars hold all beyond.
 
     Args:
         series: by name, finite numbers: one, or a whole and a part of it.
         title: what was measured.
         unit: below the axis.
+        shares: draw each as shares of its own, for two that are no whole and part.
     """
     everything = np.concatenate(list(series.values()))
     low, high = (float(value) for value in np.quantile(everything, [0.005, 0.995]))
@@ -34,7 +37,8 @@ def distribution(series: Mapping[str, np.ndarray], title: str, unit: str) -> Mar
         low, high = float(everything.min()), float(everything.max())
     edges = np.linspace(low, high, BINS + 1)
     counted = {
-        name: np.histogram(np.clip(values, low, high), edges)[0] for name, values in series.items()
+        name: np.histogram(np.clip(values, low, high), edges)[0] / (len(values) if shares else 1)
+        for name, values in series.items()
     }
 
     def draw(axes: Any) -> None:
@@ -52,6 +56,8 @@ def distribution(series: Mapping[str, np.ndarray], title: str, unit: str) -> Mar
         axes.set_title(title)
         axes.set_xlabel(unit)
         axes.set_ylim(bottom=0)
+        if shares:
+            axes.yaxis.set_major_formatter("{x:.0%}")
         if len(series) > 1:
             axes.legend()
 

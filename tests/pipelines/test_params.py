@@ -108,6 +108,9 @@ def test_unknown_key_like_no_other(load: Load) -> None:
         # impossible values
         ("split.val", 0),
         ("split.test", -0.1),
+        ("watch.settle", -1),
+        ("watch.drift.minimum", 5),
+        ("watch.drift.auc", 0.4),
         ("filter.checks.blank.std", -1),
         ("filter.checks.blank.std", float("inf")),
         ("train.jobs.emotion-plain.learning_rate", float("nan")),
@@ -153,6 +156,11 @@ def test_missing_transform_name(load: Load) -> None:
     [
         ("tasks.emotion.dataset", "fer2031", "tasks.emotion.dataset: 'fer2031' is not a dataset"),
         ("split.val", 0.85, "split: val + test leave nothing for training"),
+        (
+            "watch.quarantine",
+            "data/landing/labelled/bad",
+            "watch: data/landing/labelled has to lie apart from the other folders",
+        ),
         ("train.jobs.emotion-plain.loss", "wing", "train.jobs.emotion-plain: loss wing"),
         (
             "train.jobs.emotion-plain.by_dataset",
