@@ -129,12 +129,14 @@ def test_a_start_that_comes_to_nothing_leaves_nothing(how, make_service, tmp_pat
     assert json.loads(parts.read_text()) == []
 
 
-@pytest.mark.usefixtures("prefect_server")
-def test_runs_whose_worker_was_killed_do_not_hold_the_queue() -> None:
+def test_runs_whose_worker_was_killed_do_not_hold_the_queue(service) -> None:
     @flow
     def lost() -> None: ...
 
-    with get_client(sync_client=True) as client:
+    with (
+        temporary_settings({PREFECT_API_URL: service.api}),
+        get_client(sync_client=True) as client,
+    ):
         prepare(client)
         run = client.create_flow_run(lost, work_pool_name=POOL, work_queue_name=QUEUE)
         client.set_flow_run_state(run.id, Running(), force=True)
@@ -144,7 +146,9 @@ def test_runs_whose_worker_was_killed_do_not_hold_the_queue() -> None:
 
 
 def test_a_process_is_told_from_another_with_its_id() -> None:
-    one, two = (subprocess.Popen(["sleep", "60"]) for _ in range(2))
+    one = subprocess.Popen(["sleep", "60"])
+    time.sleep(0.05)  # the kernel counts in hundredths of a second
+    two = subprocess.Popen(["sleep", "60"])
     began = beginning(one.pid)
     assert began == beginning(one.pid) != beginning(two.pid)
     one.kill()
