@@ -199,6 +199,8 @@ def environment(api: str) -> dict[str, str]:
     return {
         "PREFECT_SERVER_DATABASE_CONNECTION_URL": f"sqlite+aiosqlite:///{Path.cwd()}/prefect.db",
         "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
+        # The other one calls its makers' tracker even with analytics switched off (3.8.8).
+        "PREFECT_SERVER_UI_V2_ENABLED": "false",
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # jobs of its GenAI side
         **os.environ,
         "PREFECT_API_URL": api,
