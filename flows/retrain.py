@@ -14,15 +14,20 @@ import socket
 import sys
 import threading
 import time
+from base64 import b64encode
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from graphlib import TopologicalSorter
+from io import BytesIO
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any, Literal, NamedTuple, get_args
 
+from PIL import Image
+
+from flows.lock import BusyError, GivenUpError, alone, refuse_if_held
 from flows.supervise import Lifeline, Outcome, supervise
 from pipelines.cli import GrimaceError, run
 from pipelines.params import TaskName, load_params
@@ -34,7 +39,7 @@ os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", str(SE
 
 import httpx  # noqa: E402
 from prefect import flow, get_run_logger, runtime, task  # noqa: E402
-from prefect.artifacts import create_markdown_artifact  # noqa: E402
+from prefect.artifacts import create_image_artifact, create_markdown_artifact  # noqa: E402
 from prefect.cache_policies import NO_CACHE  # noqa: E402
 from prefect.client.orchestration import SyncPrefectClient  # noqa: E402
 from prefect.client.schemas.objects import TaskRun  # noqa: E402
@@ -93,16 +98,23 @@ def main() -> None:
         metavar="N",
         help="how many stages may run at the same time (default: %(default)s)",
     )
+    parser.add_argument(
+        "--wait",
+        action="store_true",
+        help="where another flow is at work here, wait for its end instead of saying so",
+    )
     arguments = parser.parse_args()
     # Mistakes are told here, before a server is started.
     if arguments.workers < 1:
         raise GrimaceError(f"--workers {arguments.workers}: at least 1 stage has to run at a time.")
     stage_graph(arguments.targets)
+    if not arguments.wait:
+        refuse_if_held()
 
     # Left to itself SIGTERM would end us on the spot, without a word to Prefect.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     with prefect_server():
-        state = retrain(arguments.targets, arguments.workers, return_state=True)
+        state = retrain(arguments.targets, arguments.workers, arguments.wait, return_state=True)
     if not state.is_completed():
         raise GrimaceError((state.message or f"the run ended as {state.name}").splitlines()[0])
     print(state.message)
@@ -155,28 +167,45 @@ def answers(url: str) -> bool:
 
 
 @flow(name="retrain", on_failure=[tell_failure], on_crashed=[tell_failure])
-def retrain(targets: list[str] | None = None, workers: int = 2) -> State[Any]:
+def retrain(targets: list[str] | None = None, workers: int = 2, wait: bool = False) -> State[Any]:
     """Run the stages of the dvc.yaml in the current folder that are out of date.
 
     A stage that fails fails the flow and skips what needs it; the others are still run. Each
     task's candidate is registered, judged, and promoted if it is blessed; one that is not fails
     nothing. Leaves artefacts in Prefect: `grimace-stages`, what became of each stage;
-    `grimace-results`, the table that the stage `report` writes; and `grimace-gates-TASK`.
+    `grimace-results`, the table that the stage `report` writes; `grimace-views-TASK`, the contact
+    sheet of new shards; and `grimace-gates-TASK`.
 
     Args:
         targets: names of stages, or of groups of them (`train`), that are brought up to date
             together with everything they need; all by default.
         workers: how many stages may run at the same time.
+        wait: for the end of another flow that is at work in this folder; it fails otherwise.
 
     Raises:
         GrimaceError: there is no dvc.yaml, or it cannot be read, or has no such target.
     """
     upstream = stage_graph(targets)
-    with Lifeline() as lifeline:
-        runs = run_graph(upstream, workers, lifeline)
-        cancelled = lifeline.is_cut()
-    publish(runs)
-    return verdict(runs, [] if cancelled else decide(runs))
+    try:
+        with in_workspace(wait) as lock:
+            with Lifeline(lock) as lifeline:
+                runs = run_graph(upstream, workers, lifeline)
+                cancelled = lifeline.is_cut()
+            publish(runs)
+            return verdict(runs, [] if cancelled else decide(runs))
+    except BusyError as error:
+        return Failed(name="Busy", message=str(error))
+    except GivenUpError as error:
+        return Cancelled(message=str(error))
+
+
+def in_workspace(wait: bool) -> AbstractContextManager[int]:
+    """Hold the workspace for the flow that calls this, as `alone` says."""
+    what = f"{runtime.flow_run.flow_name} {runtime.flow_run.name!r}"
+    say = get_run_logger().info
+    return alone(
+        what, wait, on_wait=lambda who: say("waiting: %s", who), given_up=is_cancelled_in_prefect
+    )
 
 
 def stage_graph(targets: Iterable[str] | None = None) -> dict[str, set[str]]:
@@ -393,6 +422,23 @@ def publish(runs: list[StageRun]) -> None:
             key="grimace-results",
             description="Every model, judged on data that it has not seen.",
         )
+    for stage in (ended.stage for ended in runs if ended.state in ("ran", "restored")):
+        kind, _, name = stage.partition("@")
+        sheet = Path("reports/augment", name, "views.png")
+        if kind == "augment" and sheet.is_file():
+            create_image_artifact(
+                inlined(sheet),
+                key=f"grimace-views-{name}",
+                description="What training sees: augmented views, with their points.",
+            )
+
+
+def inlined(picture: Path) -> str:
+    """A picture as an address that holds it all, because Prefect keeps addresses alone."""
+    packed = BytesIO()
+    with Image.open(picture) as opened:
+        opened.convert("RGB").save(packed, "WEBP", quality=80)
+    return f"data:image/webp;base64,{b64encode(packed.getvalue()).decode()}"
 
 
 def stages_table(runs: list[StageRun]) -> str:

@@ -54,10 +54,15 @@ class Lifeline:
 
     Any number of commands, in any number of threads, may hang on the same one. As a context
     manager it is cut at the end of the block.
+
+    Args:
+        kept: descriptors that every supervisor holds as well until all of its command has ended,
+            of locks on what the command works on.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *kept: int) -> None:
         self.held_by_supervisors, ours = os.pipe()
+        self.kept = kept
         self._cut = threading.Event()
         # Left to the garbage collector: a thread may be handing it to a supervisor right now.
         weakref.finalize(self, os.close, self.held_by_supervisors)
@@ -106,7 +111,7 @@ def supervise(
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        pass_fds=[held],
+        pass_fds=[held, *lifeline.kept],
         env=env,
         start_new_session=True,
     ) as process:

@@ -22,14 +22,14 @@ from typing import Any, Literal
 import optuna
 from optuna.trial import TrialState
 
-from flows.retrain import is_cancelled_in_prefect, prefect_server, report_end
+from flows.lock import BusyError, GivenUpError, refuse_if_held
+from flows.retrain import in_workspace, is_cancelled_in_prefect, prefect_server, report_end
 from flows.supervise import Lifeline, Outcome, supervise
 from pipelines.cli import GrimaceError, run
 from pipelines.params import load_params
 from pipelines.sweep import (
     STATES,
     Plan,
-    alone_in,
     apply,
     asked_trials,
     best_of,
@@ -94,6 +94,11 @@ def main() -> None:
         help="stop after so long; trials that run then go on the next time (default: never)",
     )
     parser.add_argument(
+        "--wait",
+        action="store_true",
+        help="where another flow is at work here, wait for its end instead of saying so",
+    )
+    parser.add_argument(
         "--apply",
         action="store_true",
         help="do not search: write the values of sweeps/JOB/best.yaml into params.yaml",
@@ -108,6 +113,8 @@ def main() -> None:
         if getattr(arguments, name) < 1:
             raise GrimaceError(f"--{name} {getattr(arguments, name)}: has to be at least 1")
     make_plan(arguments.job, load_params())
+    if not arguments.wait:
+        refuse_if_held()
 
     # Left to itself SIGTERM would end us on the spot, without a word to Prefect.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
@@ -117,6 +124,7 @@ def main() -> None:
             arguments.trials,
             arguments.parallel,
             arguments.timeout,
+            arguments.wait,
             return_state=True,
         )
     if not state.is_completed():
@@ -131,7 +139,11 @@ def main() -> None:
     on_crashed=[tell_failure],
 )
 def sweep(
-    job: str, trials: int = 20, parallel: int = 1, timeout: float | None = None
+    job: str,
+    trials: int = 20,
+    parallel: int = 1,
+    timeout: float | None = None,
+    wait: bool = False,
 ) -> State[Any]:
     """Search for better parameters of a job of the params.yaml in the current folder.
 
@@ -143,29 +155,40 @@ def sweep(
         trials: how many trials the study is to have in all.
         parallel: how many may run at the same time.
         timeout: seconds after which the search stops; it can go on later.
+        wait: for the end of another flow that is at work in this folder; it fails otherwise.
 
     Raises:
-        GrimaceError: there is nothing to search, or another search for the job is at work.
+        GrimaceError: there is nothing to search.
     """
-    plan = make_plan(job, load_params())
-    with alone_in(plan.folder):
-        study = open_study(plan)
-        plan.file.write_text(plan.model_dump_json())
-        record(plan, study)  # a store that does not answer is told before any work
-        if own_values(plan) is None:
-            get_run_logger().warning("the job as it is lies outside the ranges, so it is not tried")
-        started = time.monotonic()
-        with Lifeline() as lifeline:
-            timer = threading.Timer(timeout or 0, lifeline.cut)
-            if timeout is not None:
-                timer.start()
-            try:
-                why = run_trials(plan, study, trials, parallel, lifeline)
-            finally:
-                timer.cancel()
-        if why == "cut" and timeout is not None and time.monotonic() - started >= timeout:
-            why = "timeout"
-        return conclude(plan, study, trials, why)
+    make_plan(job, load_params())  # mistakes are told before any wait
+    try:
+        with in_workspace(wait) as lock:
+            return search(make_plan(job, load_params()), trials, parallel, timeout, lock)
+    except BusyError as error:
+        return Failed(name="Busy", message=str(error))
+    except GivenUpError as error:
+        return Cancelled(message=str(error))
+
+
+def search(plan: Plan, trials: int, parallel: int, timeout: float | None, lock: int) -> State[Any]:
+    """Go on with the study of a plan, or begin it; what runs holds the lock too."""
+    study = open_study(plan)
+    plan.file.write_text(plan.model_dump_json())
+    record(plan, study)  # a store that does not answer is told before any work
+    if own_values(plan) is None:
+        get_run_logger().warning("the job as it is lies outside the ranges, so it is not tried")
+    started = time.monotonic()
+    with Lifeline(lock) as lifeline:
+        timer = threading.Timer(timeout or 0, lifeline.cut)
+        if timeout is not None:
+            timer.start()
+        try:
+            why = run_trials(plan, study, trials, parallel, lifeline)
+        finally:
+            timer.cancel()
+    if why == "cut" and timeout is not None and time.monotonic() - started >= timeout:
+        why = "timeout"
+    return conclude(plan, study, trials, why)
 
 
 def run_trials(

@@ -16,6 +16,8 @@ params, the blessing is the same to the byte.
 import argparse
 import hashlib
 import json
+import re
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache, partial
@@ -88,6 +90,7 @@ def main() -> None:
         if candidate.outputs is not None:
             save_answers(out / "answers.npz", faces, candidate.outputs, files["model.keras"])
     store.attach(version, folder_of(task))
+    tell_run(store, version, blessing)
     print(f"{store.name} version {version}: {verdict(blessing)}")
     for row in rows:
         if not row["passed"]:
@@ -100,6 +103,28 @@ def hand_back(store: registry.Registry, version: int) -> None:
     with whole_folder(folder_of(store.task)) as out:
         (out / "blessing.json").write_text(json.dumps(blessing, indent=2) + "\n")
         (out / "gates.md").write_text(table(blessing))
+
+
+def tell_run(store: registry.Registry, version: int, blessing: Mapping[str, Any]) -> None:
+    """Add what decided to the run that trained the candidate, for MLflow's compare page.
+
+    Each gate's value is `gate.NAME`; of the one against the champion, the interval's lower end,
+    which is what is judged there, is `gate.against_the_champion.low`.
+    """
+    from mlflow.entities import Metric, RunTag
+
+    figures = {}
+    for row in blessing["gates"]:
+        name = "gate." + re.sub(r": |/", ".", row["name"]).replace(" ", "_")
+        figures[name] = row["value"]
+        if row["name"] == "against the champion" and row["interval"]:
+            figures[f"{name}.low"] = row["interval"][0]
+    now = int(time.time() * 1000)
+    metrics = [
+        Metric(name, float(value), now, 0) for name, value in figures.items() if value is not None
+    ]
+    tags = [RunTag("grimace.gates", verdict(blessing)), RunTag("grimace.version", str(version))]
+    store.client.log_batch(store.version(version).run_id, metrics=metrics, tags=tags)
 
 
 def folder_of(task: str) -> Path:

@@ -52,8 +52,10 @@ def register(task: TaskName, params: Params) -> int:
     with TemporaryDirectory() as name:
         folder = Path(name)
         assemble(folder, task, facts)
+        # Not the packages, which hide the others on the model's page; the run has them.
+        kept = ("grimace.git_commit", "grimace.git_dirty", "grimace.data_version")
         tags = {
-            **facts.code,
+            **{name: facts.code[name] for name in kept},
             "grimace.task": task,
             "grimace.model": facts.network,
             "grimace.dataset": facts.dataset,

@@ -242,7 +242,7 @@ class Registry:
         with tracking.run_of_model(self.settings, self.task, model) as run:
             mlflow.log_artifacts(str(folder), place)
         try:
-            self.client.create_registered_model(self.name)
+            self.client.create_registered_model(self.name, description=about(self.name))
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
@@ -403,6 +403,16 @@ class Registry:
         with path.open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             yield
+
+
+def about(name: str) -> str:
+    """Return what a registered model's own page says above its versions."""
+    return (
+        f"The model that `models:/{name}@champion` loads. A version's page is its model card with "
+        "the gates that it had to meet. `grimace.audit.*` are all moves of the champion, one "
+        f"tag each; `python -m flows.promote --show --task {name.removeprefix('grimace-')}` "
+        "prints them."
+    )
 
 
 def digest(files: Mapping[str, str]) -> str:

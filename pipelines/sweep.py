@@ -6,7 +6,6 @@ trained by `pipelines.trial` in a process of its own, on a share of the job's ep
 by its best epoch on validation. `flows.sweep` runs the trials; nothing here trains.
 """
 
-import fcntl
 import hashlib
 import json
 import math
@@ -14,8 +13,7 @@ import os
 import shlex
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -168,24 +166,6 @@ def with_job(params: Params, name: str, values: Mapping[str, Any]) -> Params:
         raise GrimaceError(f"train.jobs.{name} cannot be so: {error}") from None
     train = params.train.model_copy(update={"jobs": {**params.train.jobs, name: job}})
     return params.model_copy(update={"train": train})
-
-
-@contextmanager
-def alone_in(folder: Path, wait: bool = False) -> Iterator[None]:
-    """Hold a folder against other processes; the operating system lets go when this one ends.
-
-    Raises:
-        GrimaceError: another process holds it, and this one is not to wait.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            raise GrimaceError(
-                f"another search is at work in {folder}; wait for it, or end it and start again"
-            ) from None
-        yield
 
 
 def open_study(plan: Plan) -> optuna.Study:

@@ -33,7 +33,8 @@ def connect(settings: Tracking, task: str) -> "mlflow.MlflowClient":
     """Point MLflow at the tracking store and at the task's experiment.
 
     The environment's MLFLOW_TRACKING_URI has precedence over params.yaml. Runs in a local sqlite
-    file keep their artefacts in `mlartifacts/` beside it; a server decides for itself.
+    file keep their artefacts in `mlartifacts/` beside it, those in another database in that of the
+    current folder; a server decides for itself.
 
     Raises:
         GrimaceError: the store does not answer, or its experiment was deleted.
@@ -236,7 +237,8 @@ def run_of_model(settings: Tracking, task: str, model: Path) -> Iterator["mlflow
             yield run
     else:
         tags = {MODEL_TAG: digest, "grimace.origin": "model restored by DVC, not trained here"}
-        with mlflow.start_run(run_name=f"{model.parent.name} (restored)", tags=tags) as run:
+        name = f"{model.parent.name} {digest[:8]} (restored)"
+        with mlflow.start_run(run_name=name, tags=tags) as run:
             yield run
 
 
@@ -281,10 +283,11 @@ def flat(values: dict[str, Any], prefix: str = "") -> dict[str, float]:
 
 
 def _artefacts_beside(uri: str) -> str | None:
-    """Return where a local store's artefacts go; None leaves it to the server."""
-    if not uri.startswith("sqlite:///"):
+    """Return where a database's artefacts go; None leaves it to the server."""
+    if uri.startswith(("http://", "https://")):
         return None
-    return (Path(uri.removeprefix("sqlite:///")).absolute().parent / "mlartifacts").as_uri()
+    file = Path(uri.removeprefix("sqlite:///") if uri.startswith("sqlite:///") else "mlflow.db")
+    return (file.absolute().parent / "mlartifacts").as_uri()
 
 
 def _use_experiment(name: str, place: str | None) -> None:

@@ -10,7 +10,7 @@ import optuna
 from optuna.trial import TrialState
 
 from pipelines.cli import run
-from pipelines.sweep import Plan, alone_in, open_study, suggest, trial_of, with_job
+from pipelines.sweep import Plan, open_study, suggest, trial_of, with_job
 
 
 def main() -> None:
@@ -20,9 +20,7 @@ def main() -> None:
     parser.add_argument("--number", type=int, required=True, help="of the trial")
     args = parser.parse_args()
     plan = Plan.model_validate_json(args.plan.read_text())
-    # Where the search was killed, the process that it had for this trial may still be ending.
-    with alone_in(plan.trial_folder(args.number), wait=True):
-        train_trial(plan, args.number)
+    train_trial(plan, args.number)
 
 
 def train_trial(plan: Plan, number: int) -> None:

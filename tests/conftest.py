@@ -238,29 +238,40 @@ class Shop:
 DEFAULTS = dict.fromkeys(("int8", "validation", "fearful"))
 
 
+@pytest.fixture(scope="session")
+def furnish(empty_store: Path) -> Callable[[], Shop]:
+    """Makes the current folder a `Shop`."""
+
+    def make() -> Shop:
+        root = Path.cwd()
+        spec = spec_from_file_location("produce", ROOT / "tests/produce.py")
+        assert spec is not None and spec.loader is not None
+        module = module_from_spec(spec)
+        spec.loader.exec_module(module)
+        values = yaml.safe_load((ROOT / "params.yaml").read_text())
+        shutil.copy(empty_store, "mlflow.db")
+        values["tracking"]["uri"] = f"sqlite:///{root}/mlflow.db"
+        values["tasks"]["emotion"] |= {"dataset": "folder", "size": 16}
+        values["evaluate"]["resamples"] = 100
+        values["gate"]["resamples"] = 1000
+        Path("params.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
+        Path("dvc.yaml").write_text("stages: {}\n")
+        Path("dvc.lock").write_text(
+            yaml.safe_dump({"schema": "2.0", "stages": {"verify@emotion": {"cmd": "true"}}})
+        )
+        module.write_data()
+        Path(".gitignore").write_text("/mlflow.db\n/mlartifacts\n/data\n/deploy\n/reports\n")
+        git = ["git", "-c", "user.name=test", "-c", "user.email=test@localhost"]
+        for command in (["init", "-q"], ["add", "-A"], ["commit", "-qm", "start"]):
+            subprocess.run([*git, *command], check=True)
+        return Shop(root, module)
+
+    return make
+
+
 @pytest.fixture
-def shop(tmp_path: Path, empty_store: Path, monkeypatch: pytest.MonkeyPatch) -> Shop:
+def shop(tmp_path: Path, furnish: Callable[[], Shop], monkeypatch: pytest.MonkeyPatch) -> Shop:
     """The current folder: a Git repository with data, an empty registry and no candidate yet."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    spec = spec_from_file_location("produce", ROOT / "tests/produce.py")
-    assert spec is not None and spec.loader is not None
-    module = module_from_spec(spec)
-    spec.loader.exec_module(module)
-    values = yaml.safe_load((ROOT / "params.yaml").read_text())
-    shutil.copy(empty_store, "mlflow.db")
-    values["tracking"]["uri"] = f"sqlite:///{tmp_path}/mlflow.db"
-    values["tasks"]["emotion"] |= {"dataset": "folder", "size": 16}
-    values["evaluate"]["resamples"] = 100
-    values["gate"]["resamples"] = 1000
-    Path("params.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
-    Path("dvc.yaml").write_text("stages: {}\n")
-    Path("dvc.lock").write_text(
-        yaml.safe_dump({"schema": "2.0", "stages": {"verify@emotion": {"cmd": "true"}}})
-    )
-    module.write_data()
-    Path(".gitignore").write_text("/mlflow.db\n/mlartifacts\n/data\n/deploy\n/reports\n")
-    git = ["git", "-c", "user.name=test", "-c", "user.email=test@localhost"]
-    for command in (["init", "-q"], ["add", "-A"], ["commit", "-qm", "start"]):
-        subprocess.run([*git, *command], check=True)
-    return Shop(tmp_path, module)
+    return furnish()

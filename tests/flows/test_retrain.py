@@ -4,7 +4,9 @@ import subprocess
 import sys
 import threading
 import time
+from base64 import b64decode
 from collections.abc import Callable, Iterator
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ import pytest
 import yaml
 import zc.lockfile
 from dvc.repo import Repo
+from PIL import Image
 from prefect import get_client
 from prefect.client.schemas.filters import (
     ArtifactFilter,
@@ -286,6 +289,67 @@ def test_from_the_command_line(
     output, errors = good.communicate(timeout=60)
     assert good.returncode == 0, errors
     assert "1 stages: 1 ran" in output.splitlines()
+
+
+def test_two_at_once_do_not_get_in_each_others_way(
+    repository: Callable[[Stages], None],
+    start_flow: Callable[..., subprocess.Popen[str]],
+    prefect_server: str,
+) -> None:
+    wait_for_go = "touch started; while [ ! -e go ]; do sleep 0.05; done"
+    repository({"a": stage(f"echo x >> tries; {wait_for_go}; touch a", ["a"])})
+
+    def start(*arguments: str) -> subprocess.Popen[str]:
+        return start_flow(*arguments, PREFECT_API_URL=prefect_server)
+
+    def at_work() -> list[FlowRun]:
+        with get_client(sync_client=True) as client:
+            runs = client.read_flow_runs(sort=FlowRunSort.START_TIME_DESC, limit=3)
+        return [run for run in runs if run.state_name == "Running"]
+
+    first = start()
+    wait_until(lambda: Path("started").exists(), 60)
+    second, waiting = start(), start("--wait")
+    _, errors = second.communicate(timeout=60)
+    assert second.returncode == 1
+    assert f"held by retrain '{at_work()[-1].name}' (process {first.pid} on " in errors
+    assert "--wait waits for its end" in errors
+
+    wait_until(lambda: len(at_work()) == 2, 60)
+    unwanted = start("--wait")
+    wait_until(lambda: len(at_work()) == 3, 60)
+    with get_client(sync_client=True) as client:
+        client.set_flow_run_state(at_work()[0].id, Cancelling())
+    _, errors = unwanted.communicate(timeout=30)
+    assert unwanted.returncode == 1 and "no longer waited for" in errors
+
+    Path("go").touch()
+    output, errors = first.communicate(timeout=60)
+    assert "1 stages: 1 ran" in output.splitlines(), errors
+    output, errors = waiting.communicate(timeout=60)
+    assert "nothing changed (1 stages)" in output.splitlines(), errors
+    assert "waiting: " in errors
+    assert Path("tries").read_text() == "x\n"
+
+
+@pytest.mark.usefixtures("prefect_server")
+def test_new_shards_leave_their_contact_sheet(repository: Callable[[Stages], None]) -> None:
+    draw = (
+        "mkdir -p reports/augment/emotion && python -c 'from PIL import Image; "
+        'Image.new("RGB", (40, 30), "red").save("reports/augment/emotion/views.png")\''
+    )
+    augment = {"foreach": ["emotion"], "do": stage(draw, ["reports/augment/emotion"])}
+    repository({"augment": augment})
+    assert retrain(return_state=True).message == "1 stages: 1 ran"
+    address = artifact(last_flow_run(), "grimace-views-emotion") or ""
+    kind, _, data = address.partition(",")
+    assert kind == "data:image/webp;base64"
+    with Image.open(BytesIO(b64decode(data))) as picture:
+        assert picture.size == (40, 30)
+        red, green, blue = picture.convert("RGB").getpixel((20, 15))
+    assert red > 200 and green < 50 and blue < 50
+    assert retrain(return_state=True).message == "nothing changed (1 stages)"
+    assert artifact(last_flow_run(), "grimace-views-emotion") is None
 
 
 ENDLESS = "setsid sleep 300 & sleep 300 & echo $! $$ > pids; sleep 300"

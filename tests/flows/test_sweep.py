@@ -27,11 +27,12 @@ from prefect.client.schemas.sorting import FlowRunSort
 from prefect.states import Cancelling
 
 from flows import sweep as module
+from flows.lock import BusyError, alone
 from flows.supervise import Lifeline, Outcome
 from flows.sweep import sweep
 from pipelines.cli import GrimaceError
 from pipelines.params import load_params
-from pipelines.sweep import Plan, alone_in, make_plan, open_study
+from pipelines.sweep import Plan, make_plan, open_study
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.usefixtures("prefect_server", "searchable")
@@ -324,9 +325,12 @@ def test_mistakes_are_told_before_any_work(monkeypatch: pytest.MonkeyPatch) -> N
         monkeypatch.setattr(sys, "argv", ["sweep", *arguments])
         with pytest.raises(GrimaceError, match=said):
             module.main()
-    with alone_in(Path("sweeps/emotion-plain")):
+    with alone("a retrain"):
         state = sweep("emotion-plain", return_state=True)
-    assert state.is_failed() and "another search" in (state.message or "")
+        with pytest.raises(BusyError, match="held by a retrain"):
+            monkeypatch.setattr(sys, "argv", ["sweep", "--job", "emotion-plain"])
+            module.main()
+    assert (state.name, state.is_failed()) == ("Busy", True)
     assert not Path("sweeps/emotion-plain/study.db").exists()
 
 

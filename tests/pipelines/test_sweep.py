@@ -14,7 +14,6 @@ from pipelines.cli import GrimaceError
 from pipelines.params import load_params
 from pipelines.sweep import (
     Plan,
-    alone_in,
     apply,
     draw,
     make_plan,
@@ -118,14 +117,6 @@ def test_what_would_not_compare_is_another_study() -> None:
     studies.append(plan().study)
     assert studies[-1].startswith("emotion-plain-0a1b2c3d-")
     assert len(set(studies)) == 5
-
-
-def test_one_search_at_a_time() -> None:
-    again = pytest.raises(GrimaceError, match="another search is at work in sweeps")
-    with alone_in(Path("sweeps")), again, alone_in(Path("sweeps")):
-        pass
-    with alone_in(Path("sweeps")):
-        pass
 
 
 # what is tried
