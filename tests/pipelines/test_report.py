@@ -97,11 +97,11 @@ def test_figures_are_those_of_their_side(copy):
 
 def test_a_failed_gate_is_said(copy):
     folder = copy.root / "reports" / "verify" / "emotion"
-    blessing = json.loads((folder / "blessing.json").read_text())
-    gates = {gate["name"]: gate for gate in blessing["gates"]}
+    budgets = json.loads((folder / "budgets.json").read_text())
+    gates = {gate["name"]: gate for gate in budgets["gates"]}
     gates["tflite/int8"]["passed"] = False
     gates["tfjs/uint8"] |= {"passed": False, "value": None, "bound": None}
-    change(folder / "blessing.json", gates=list(gates.values()), blessed=False)
+    change(folder / "budgets.json", gates=list(gates.values()), passed=False)
     numerics = json.loads((folder / "numerics.json").read_text())
     del numerics["tfjs/uint8"]  # could not be computed
     (folder / "numerics.json").write_text(json.dumps(numerics))
@@ -148,7 +148,7 @@ def test_the_page_has_everything_but_faces(copy):
     assert "99 s" not in text  # an earlier run of the same
     assert "/home/me" not in text + (page / "results.json").read_text()
     everything = json.loads((page / "results.json").read_text())
-    assert everything["emotion"]["blessing"]["blessed"] is True
+    assert everything["emotion"]["budgets"]["passed"] is True
     assert everything["landmarks"]["validation"].keys() == {"plain", "compact"}
     pictures = {path.name for path in page.glob("*.png")}
     assert {"emotion-test-confusion.png", "landmarks-plain-ced.png"} <= pictures
