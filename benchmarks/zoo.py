@@ -2,6 +2,8 @@
 
     uv run python -m benchmarks.zoo --out docs/results/zoo    # --networks emotion-vgg19 …
 
+With `--networks` the rows of all others stay as they are in the folder.
+
 Each network is built at the setting that its docstring gives, with random weights: ImageNet's are
 not fetched, for what converters make of a layer does not depend on its values. Batch normalisation
 takes its statistics from drawn faces, or else untrained layers would hide what rounding does. Every
@@ -85,16 +87,27 @@ def main() -> None:
     args = parser.parse_args()
     if args.out.exists() and not (args.out / "results.json").exists():
         raise GrimaceError(f"{args.out} would be replaced, and holds no results: name another")
-    rows = [
-        row
-        for name in tqdm(args.networks, "networks", disable=None)
-        for row in try_network(name, args.engines)
-    ]
-    with whole_folder(args.out) as out:
-        result = {"networks": args.networks, "machine": machine(), "rows": rows}
-        (out / "results.json").write_text(json.dumps(result, indent=2) + "\n")
-        (out / "README.md").write_text(page(rows, result["machine"]))
+    rows = [row for row in earlier(args.out) if row["network"] not in args.networks]
+    for name in tqdm(args.networks, "networks", disable=None):
+        rows += try_network(name, args.engines)
+        rows.sort(key=lambda row: NETWORKS.index(row["network"]))  # a stable sort
+        write(rows, args.out)  # at once: large networks take minutes
     print(markdown(table(rows), COLUMNS))
+
+
+def earlier(folder: Path) -> list[Row]:
+    """Return the rows of earlier runs: those of networks that are not asked for are kept."""
+    path = folder / "results.json"
+    rows = json.loads(path.read_text())["rows"] if path.exists() else []
+    return [row for row in rows if row["network"] in NETWORKS]
+
+
+def write(rows: list[Row], folder: Path) -> None:
+    """Write README.md and results.json."""
+    where = machine()
+    with whole_folder(folder) as out:
+        (out / "results.json").write_text(json.dumps({"machine": where, "rows": rows}, indent=2))
+        (out / "README.md").write_text(page(rows, where))
 
 
 def try_network(name: str, engines: list[str]) -> list[Row]:

@@ -65,9 +65,9 @@ def _losses(task: str, numerics: Rows, perf: Rows, budgets: dict[str, Any]) -> l
         low, high = row["loss_ci95"]
         interval = f"{low:+.2f} to {high:+.2f}" if emotion else f"{low:+.2%} to {high:+.2%}"
         figures = {
-            "deployable": label,
-            "runs in": perf[label]["runtime"],
-            "faces": row["n"],
+            "deployable": f"{label}, software, {row['n']} faces"
+            if perf[label]["software"]
+            else label,
             name: row[key],
             "95 % interval": "{:.2%} – {:.2%}".format(*row["ci95"][key]),
             unit: row["loss"],

