@@ -128,8 +128,8 @@ def task_rows(task: str) -> list[tuple[str, ...]]:
         figure, interval = _figure(found)
         latency = f"{cost['p50_ms']:.2f} ms"
         verdict = verdicts.get(name, "not judged")
-        size = _mib(cost["bytes"])
-        rows.append((task, name, cost["runtime"], figure + some, interval, size, latency, verdict))
+        told = (cost["runtime"], figure + some, interval, _mib(cost["bytes"]), latency)
+        rows.append((task, name, *told, verdict))
     for name, reason in budgets["not_available"].items():
         why = shorten(f"not available here: {reason}", 70, placeholder=" …").replace("|", "\\|")
         rows.append((task, name, why, "", "", "", "", "not run"))

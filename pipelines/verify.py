@@ -162,8 +162,8 @@ def measure_all(
             taken = True
         if not taken:
             reasons = "; ".join(done.absent[place] for place in places.values())
-            error = GrimaceError(f"no runtime of verify.runtimes is there: {reasons}")
-            done.gates.append(failed(name, error))
+            nowhere = GrimaceError(f"no runtime of verify.runtimes is there: {reasons}")
+            done.gates.append(failed(name, nowhere))
     return done
 
 

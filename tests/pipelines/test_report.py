@@ -114,6 +114,22 @@ def test_a_failed_gate_is_said(copy):
     assert verdicts["tfjs/float32"]["verdict"] == "ok"
 
 
+def test_what_was_not_measured_or_not_judged_is_said(copy):
+    folder = copy.root / "reports" / "verify" / "emotion"
+    for file in ("numerics", "perf"):
+        rows = json.loads((folder / f"{file}.json").read_text())
+        change(folder / f"{file}.json", **{"tfjs/uint8:webgl": {**rows["tfjs/uint8"], "n": 5}})
+    why = "this browser offers no WebGPU adapter here"
+    change(folder / "budgets.json", not_available={"tfjs:webgpu": why})
+    copy.call(report.main)
+    found = {row["what"]: row for row in rows_of(copy.root) if row["task"] == "emotion"}
+    webgl, webgpu = found["tfjs/uint8:webgl"], found["tfjs:webgpu"]
+    assert webgl["verdict"] == "not judged" and webgl["metric"].endswith(" on 5 faces")
+    assert webgpu["verdict"] == "not run"
+    assert webgpu["runs in"] == f"not available here: {why}"
+    assert not found["tfjs/uint8"]["metric"].endswith("faces")
+
+
 def test_results_that_are_not_there_yet(copy):
     (copy.root / "reports" / "verify" / "landmarks" / "numerics.json").unlink()
     with pytest.raises(GrimaceError, match=r"numerics.json is missing; run `dvc repro verify`"):
