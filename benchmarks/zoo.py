@@ -256,11 +256,13 @@ def table(rows: list[Row]) -> list[tuple[str, ...]]:
 def page(rows: list[Row], where: dict[str, str]) -> str:
     """Return the page of results, Markdown."""
     passed = sum(row["passed"] for row in rows)
-    networks = len({row["network"] for row in rows})
+    networks = {row["network"] for row in rows}
+    missing = [name for name in NETWORKS if name not in networks]
+    unrun = f"Not run: {', '.join(missing)}.\n\n" if missing else ""
     facts = "".join(f"- {name}: {value}\n" for name, value in where.items())
     return (
-        f"# Does every network export?\n\nWritten by `python -m benchmarks.zoo`: {networks} "
-        f"networks, {passed} of {len(rows)} variants answer as Keras does.\n\n"
+        f"# Does every network export?\n\nWritten by `python -m benchmarks.zoo`: {len(networks)} "
+        f"of {len(NETWORKS)} networks, {passed} of {len(rows)} variants answer as Keras does.\n\n"
         "Weights are random (ImageNet's were not fetched for the transfer networks), statistics of "
         f"batch normalisation from {CALIBRATION} drawn faces, which are also what eight bits were "
         f"calibrated on; compared on {COMPARED} others. A difference is to be read against the "
@@ -268,7 +270,7 @@ def page(rows: list[Row], where: dict[str, str]) -> str:
         "the verdict asks for the mean difference that a bundle's golden answers may have "
         "(`pipelines/bundles`). Eight-bit graphs are those with every layer in eight bits: no "
         "search for sensitive ones.\n\n"
-        f"{markdown(table(rows), COLUMNS)}\n## Where\n\n{facts}"
+        f"{unrun}{markdown(table(rows), COLUMNS)}\n## Where\n\n{facts}"
     )
 
 

@@ -72,7 +72,8 @@ def test_every_deployable_is_measured_on_the_whole_test_side(verified, task):
         assert perf[name]["runtime"].startswith(RUNTIMES[name] + " ")
         assert perf[name]["threads"] == 1
         assert 0 < perf[name]["p50_ms"] <= perf[name]["p95_ms"]
-        assert perf[name]["load_ms"] > 0 and perf[name]["memory_mib"] >= 0
+        assert perf[name]["load_ms"] > 0
+        assert 0 <= perf[name]["memory_mib"] < 200  # not what this process has, with TensorFlow
         many = perf[name].get("all_threads", {"threads": 1, "p50_ms": 1, "p95_ms": 1})
         assert many["threads"] == (1 if "tfjs" in name else os.cpu_count())
         assert 0 < many["p50_ms"] <= many["p95_ms"]
