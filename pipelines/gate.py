@@ -173,7 +173,7 @@ def read_candidate(task: TaskName, files: Mapping[str, str], faces: Faces) -> Ca
     folder, model = Path("reports/verify", task), files["model.keras"]
     verification = {
         name: json.loads(path.read_text())
-        for name in ("test", "numerics", "perf", "blessing")
+        for name in ("test", "numerics", "perf", "budgets")
         if (path := folder / f"{name}.json").exists()
     }
     select = Path("reports/select", f"{task}.json")
@@ -366,7 +366,7 @@ def _answers_of(champion: Champion) -> np.ndarray:
 
 def _same_bytes(candidate: Candidate) -> Row:
     """What is blessed is what was measured, file by file."""
-    measured = candidate.verification["blessing"]["files"]
+    measured = candidate.verification["budgets"]["files"]
     names = sorted({*measured, *candidate.files})
     other = [name for name in names if measured.get(name) != candidate.files.get(name)]
     why = f"all {len(names)} files are as `verify` measured them"
@@ -539,13 +539,14 @@ def _no_slice_worse(faces: Faces, mine: np.ndarray, theirs: np.ndarray, settings
 def deployable_gates(verification: Mapping[str, Any], bounds: GateTask) -> list[Row]:
     """Return budget, golden-input and size rows of every deployable that `verify` looked at.
 
-    This is all that the gate knows of what `verify` writes: `blessing` with the `gates` it tried
+    This is all that the gate knows of what `verify` writes: `budgets` with the `gates` it tried
     and the engines `built_but_not_run`; by deployable `numerics`, where `loss_ci95` and `golden`
-    (difference, tolerance) may be, and `perf`; and `test`.
+    (difference, tolerance) may be, and `perf`; and `test`. A name such as "tfjs/uint8:node" is of
+    a further runtime of a graph, whose size is judged once.
     """
-    tried = verification.get("blessing", {}).get("gates", [])
+    tried = verification.get("budgets", {}).get("gates", [])
     numerics, perf = verification.get("numerics", {}), verification.get("perf", {})
-    engines = verification.get("blessing", {}).get("built_but_not_run", {})
+    engines = verification.get("budgets", {}).get("built_but_not_run", {})
     if not tried:
         reason = "`verify` has tried no deployable; run `dvc repro verify`"
         return [_row("deployables", None, 1, False, reason)]
@@ -560,8 +561,11 @@ def deployable_gates(verification: Mapping[str, Any], bounds: GateTask) -> list[
         rows += [
             _attempt(f"budget: {name}", gate["bound"], partial(_budget, gate, scores, test)),
             _attempt(f"golden: {name}", 0.0, partial(_golden, name, scores, bounds)),
-            _attempt(f"size: {name}", limit, partial(_size, perf[name]["bytes"], limit)),
         ]
+        if ":" not in name:
+            rows.append(
+                _attempt(f"size: {name}", limit, partial(_size, perf[name]["bytes"], limit))
+            )
     for name, size in engines.items():
         limit = bounds.mib.get(f"tensorrt/{name}", bounds.mib["default"])
         rows.append(_attempt(f"size: tensorrt/{name}", limit, partial(_size, size, limit)))
@@ -593,7 +597,7 @@ def _row(name: str, value: float | None, bound: Any, passed: bool, why: str) -> 
 
 def _golden(name: str, scores: Mapping[str, Any], bounds: GateTask) -> Row:
     """Answers of its own runtime against the float32 model's: golden ones, or to all test faces."""
-    precision = name.rpartition("/")[2]
+    precision = name.rpartition("/")[2].partition(":")[0]
     if "golden" in scores:
         value, bound = scores["golden"]["difference"], scores["golden"]["tolerance"]
     elif precision in bounds.answers:

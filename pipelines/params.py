@@ -38,6 +38,7 @@ from pipelines.job import (
     Schedule,
     job_of,
 )
+from pipelines.runtimes import RUNTIMES
 
 TaskName = Literal["emotion", "landmarks"]
 TestTime = Literal["none", "flip", "ten_crop"]
@@ -693,8 +694,40 @@ class Export(_Section):
     engines: tuple[Annotated[str, Field(pattern="^sm[0-9]{2,3}$")], ...]
 
 
+class VerifyRuntimes(_Section):
+    """Where graphs are measured; the first of each that is there gives a graph's own row.
+
+    Attributes:
+        tflite: "litert", LiteRT in Python; "litertjs", LiteRT.js in Chromium.
+        tfjs: "wasm", "webgl" and "webgpu", TF.js in Chromium; "node", its WebAssembly in Node.
+    """
+
+    tflite: Annotated[tuple[Literal["litert", "litertjs"], ...], Field(min_length=1)]
+    tfjs: Annotated[tuple[Literal["wasm", "node", "webgl", "webgpu"], ...], Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def _each_once(self) -> Self:
+        for name, runtimes in self:
+            if len(set(runtimes)) < len(runtimes):
+                raise ValueError(f"{name} names a runtime twice")
+        return self
+
+    def of(self, target: str) -> tuple[str, ...]:
+        """Return the runtimes of a bundle; those without a choice have but one."""
+        return getattr(self, target, RUNTIMES[target])
+
+    def left_out(self) -> list[str]:
+        """Return what could be measured too, as "tfjs:webgl"."""
+        return [
+            f"{target}:{runtime}"
+            for target, runtimes in RUNTIMES.items()
+            for runtime in runtimes
+            if runtime not in self.of(target)
+        ]
+
+
 class Verify(_Section):
-    """What a deployable may lose against float32, and how its latency is taken.
+    """What a deployable may lose against float32, and where and how it is measured.
 
     Attributes:
         accuracy_points: most that emotion accuracy may fall, in points of a hundred, by dataset;
@@ -702,11 +735,15 @@ class Verify(_Section):
             large part chance: decisions that were as good as even fall either way.
         nme_relative: most that the NME may rise, as a fraction of the float32 NME.
         latency_runs: single-image calls that are timed.
+        runtimes: what graphs are measured in.
+        software_faces: how many faces are measured where a browser imitates a GPU on the CPU.
     """
 
     accuracy_points: dict[str, NonNegative]
     nme_relative: NonNegative
     latency_runs: Annotated[int, Field(ge=10)]
+    runtimes: VerifyRuntimes
+    software_faces: PositiveInt
 
     @model_validator(mode="after")
     def _has_a_default(self) -> Self:

@@ -73,7 +73,7 @@ def gather(task: TaskName, params: Params, model_sha256: str, sha256: str) -> Fa
     """Read what the stages have measured of the candidate."""
     select = _read(Path("reports/select", f"{task}.json"))
     verify = Path("reports/verify", task)
-    if _read(verify / "blessing.json")["model_sha256"] != model_sha256:
+    if _read(verify / "budgets.json")["model_sha256"] != model_sha256:
         raise GrimaceError(f"{verify} is of another model; run `dvc repro verify@{task}`")
     return Facts(
         task=task,

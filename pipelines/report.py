@@ -10,6 +10,7 @@ import json
 import platform
 from pathlib import Path
 from shutil import copyfile
+from textwrap import shorten
 from typing import Any
 
 import pandas as pd
@@ -107,8 +108,8 @@ def task_rows(task: str) -> list[tuple[str, ...]]:
     """Return the table's rows of one task: validation, test, then each deployable on test."""
     select = _read(f"reports/select/{task}.json")
     verify = Path("reports/verify", task)
-    test, numerics, perf, blessing = (
-        _read(verify / f"{name}.json") for name in ("test", "numerics", "perf", "blessing")
+    test, numerics, perf, budgets = (
+        _read(verify / f"{name}.json") for name in ("test", "numerics", "perf", "budgets")
     )
     val = _read(f"reports/evaluate/{task}/{select['candidate']}/scores.json")
     model = f"{select['candidate']} (of {len(select['ranking'])})"
@@ -117,24 +118,22 @@ def task_rows(task: str) -> list[tuple[str, ...]]:
         (task, f"{model}, validation", "Keras", *_figure(val), _mib(size), "", ""),
         (task, f"{model}, test", "Keras", *_figure(test), "", "", ""),
     ]
-    for gate in blessing["gates"]:
-        name, verdict = gate["name"], "ok" if gate["passed"] else "FAILED"
-        if name in numerics:
-            cost = perf[name]
-            rows.append(
-                (
-                    task,
-                    name,
-                    cost["runtime"],
-                    *_figure(numerics[name]),
-                    _mib(cost["bytes"]),
-                    f"{cost['p50_ms']:.2f} ms",
-                    verdict,
-                )
-            )
-        else:
-            rows.append((task, name, "", "", "", "", "", verdict))
-    for name, size in blessing["built_but_not_run"].items():
+    verdicts = {gate["name"]: "ok" if gate["passed"] else "FAILED" for gate in budgets["gates"]}
+    for name in [*verdicts, *(name for name in numerics if name not in verdicts)]:
+        if name not in numerics:
+            rows.append((task, name, "", "", "", "", "", verdicts[name]))
+            continue
+        cost, found = perf[name], numerics[name]
+        some = "" if found["n"] == test["n"] else f" on {found['n']} faces"
+        figure, interval = _figure(found)
+        latency = f"{cost['p50_ms']:.2f} ms"
+        verdict = verdicts.get(name, "not judged")
+        told = (cost["runtime"], figure + some, interval, _mib(cost["bytes"]), latency)
+        rows.append((task, name, *told, verdict))
+    for name, reason in budgets["not_available"].items():
+        why = shorten(f"not available here: {reason}", 70, placeholder=" …").replace("|", "\\|")
+        rows.append((task, name, why, "", "", "", "", "not run"))
+    for name, size in budgets["built_but_not_run"].items():
         rows.append((task, f"tensorrt/{name}", "needs its GPU", "", "", _mib(size), "", "not run"))
     return rows
 

@@ -1,15 +1,17 @@
 """Stage `verify`: measure the candidate and its deployables on the held-out test side.
 
 This is the one place where test faces are looked at. A bundle that is not as it was signed is
-refused, with the reason. Every deployable runs in its own runtime over the whole side; what it
-loses against the Keras model in float32 is held against a budget. The verdict is `blessing.json`:
-one row a gate, and a gate that could not be computed has failed. TensorRT engines need their GPU;
-here the same Q/DQ graph runs in ONNX Runtime, and the figures say so.
+refused, with the reason. Every deployable runs in its own runtimes over the whole side; what it
+loses against the Keras model in float32 is held against a budget. The verdict is `budgets.json`:
+one row a gate, and a gate that could not be computed has failed. A runtime that this machine lacks
+is named there with the reason; it fails nothing, unless no runtime at all is left for a graph.
+TensorRT engines need their GPU; here the same Q/DQ graph runs in ONNX Runtime, and the figures say
+so. Where a browser imitates a GPU on the CPU, some faces alone are measured, and nothing is judged.
 """
 
 import argparse
 import json
-import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,7 +34,8 @@ from pipelines.evaluate import (
 from pipelines.pages.verification import write_verification
 from pipelines.params import Evaluate, Params, TaskName, load_params
 from pipelines.registry import bytes_of
-from pipelines.runtimes import load
+from pipelines.runtimes import UnavailableError, load, most_threads
+from pipelines.runtimes.javascript import one_browser
 from pipelines.runtimes.probe import probe
 
 BUNDLES = ("tflite", "tfjs", "tensorrt")
@@ -72,52 +75,96 @@ def verify(task: TaskName, params: Params) -> None:
     files = bytes_of(task)  # what is measured from here on
     digest = files["model.keras"]
     budget = params.verify.budget(task, params.tasks.named(task).dataset)
-    found, gates = deployables(Path("deploy", task), task, digest)
-    numerics, perf, made, engines = {}, {}, {}, {}
-    for name, deployable in found.items():
-        made[name] = deployable.facts
-        if deployable.path.suffix == ".engine":
-            engines[deployable.path.name] = deployable.path.stat().st_size
-            continue
-        try:
-            numerics[name], perf[name] = try_out(deployable, test, params)
-            gates.append(judge(name, numerics[name], test.scores, budget))
-            print(f"{name}: {headline(numerics[name])}, {perf[name]['p50_ms']:.2f} ms")
-        # Whatever a runtime raises: what could not be measured has failed, and the others go on.
-        except Exception as error:
-            gates.append(failed(name, error))
-    blessed = bool(gates) and all(gate["passed"] for gate in gates)
-    blessing = {
+    found, refused = deployables(Path("deploy", task), task, digest)
+    with one_browser():
+        measured = measure_all(found, test, params, budget)
+    gates = [*refused, *measured.gates]
+    kept = bool(gates) and all(gate["passed"] for gate in gates)
+    budgets = {
         "task": task,
-        "blessed": blessed,
+        "passed": kept,
         "model_sha256": digest,
         "files": files,
         "gates": gates,
-        "built_but_not_run": engines,
+        "built_but_not_run": measured.engines,
+        "not_available": measured.absent,
+        "left_out": params.verify.runtimes.left_out(),
     }
     out = Path("reports/verify", task)
     with whole_folder(out) as partial:
         for file, content in (
             ("test", test.scores),
-            ("numerics", numerics),
-            ("perf", perf),
-            ("blessing", blessing),
+            ("numerics", measured.numerics),
+            ("perf", measured.perf),
+            ("budgets", budgets),
         ):
             (partial / f"{file}.json").write_text(json.dumps(content, indent=2) + "\n")
         write_plots(faces, reference, params.evaluate, partial, f"{task} candidate, test")
         save_predictions(partial, faces, reference, [candidate])
-        page = write_verification(test.scores, numerics, perf, blessing, made)
+        made = {name: deployable.facts for name, deployable in found.items()}
+        page = write_verification(test.scores, measured.numerics, measured.perf, budgets, made)
         (partial / "index.html").write_text(page)
     summary = {
         "test": test.scores[DECIDES[task]],
-        "blessed": int(blessed),
-        **{name: row[DECIDES[task]] for name, row in numerics.items()},
+        "within_budget": int(kept),
+        **{name: row[DECIDES[task]] for name, row in measured.numerics.items()},
     }
     out.with_suffix(".json").write_text(json.dumps(summary, indent=2) + "\n")
-    tell_run(task, params, candidate, test.scores, numerics, perf, blessed, out)
+    tell_run(task, params, candidate, test.scores, measured, kept, out)
     for gate in gates:
         if not gate["passed"]:
-            print(f"NOT BLESSED: {gate['name']}: {gate['why']}")
+            print(f"FAILED: {gate['name']}: {gate['why']}")
+
+
+class Measured(NamedTuple):
+    """What came of all deployables, by the name of a row.
+
+    A graph has its own name, such as "tfjs/uint8", in the first of its runtimes that is there, and
+    in each other that of the runtime too: "tfjs/uint8:node".
+    """
+
+    numerics: dict[str, dict[str, Any]]
+    perf: dict[str, dict[str, Any]]
+    gates: list[dict[str, Any]]
+    engines: dict[str, int]  # bytes, by file: built, but not for this machine to run
+    absent: dict[str, str]  # why not, by target and runtime: "tfjs:webgl"
+
+
+def measure_all(
+    found: dict[str, Deployable], test: Test, params: Params, budget: float
+) -> Measured:
+    """Run every deployable in each runtime that `verify.runtimes` names for it."""
+    done = Measured({}, {}, [], {}, {})
+    for name, deployable in found.items():
+        if deployable.path.suffix == ".engine":
+            done.engines[deployable.path.name] = deployable.path.stat().st_size
+            continue
+        target, taken = name.partition("/")[0], False
+        places = {runtime: f"{target}:{runtime}" for runtime in params.verify.runtimes.of(target)}
+        for runtime, place in places.items():
+            if place in done.absent:
+                continue
+            row = f"{name}:{runtime}" if taken else name
+            try:
+                numerics, perf = try_out(deployable, runtime, test, params)
+            except UnavailableError as error:
+                done.absent[place] = " ".join(str(error).split())
+                print(f"{place}: not available here: {done.absent[place]}")
+                continue
+            # Whatever a runtime raises: what could not be measured has failed, the others go on.
+            except Exception as error:
+                done.gates.append(failed(row, error))
+            else:
+                done.numerics[row], done.perf[row] = numerics, perf
+                if not perf["software"]:
+                    done.gates.append(judge(row, numerics, test.scores, budget))
+                print(f"{row}: {headline(numerics)}, {perf['p50_ms']:.2f} ms")
+            taken = True
+        if not taken:
+            reasons = "; ".join(done.absent[place] for place in places.values())
+            nowhere = GrimaceError(f"no runtime of verify.runtimes is there: {reasons}")
+            done.gates.append(failed(name, nowhere))
+    return done
 
 
 def tell_run(
@@ -125,9 +172,8 @@ def tell_run(
     params: Params,
     candidate: Path,
     test: dict[str, Any],
-    numerics: dict[str, dict[str, Any]],
-    perf: dict[str, dict[str, Any]],
-    blessed: bool,
+    measured: "Measured",
+    kept: bool,
     out: Path,
 ) -> None:
     """Add the figures to the MLflow run that trained the candidate."""
@@ -136,11 +182,11 @@ def tell_run(
     with tracking.run_of_model(params.tracking, task, candidate):
         compact = {key: value for key, value in test.items() if isinstance(value, int | float)}
         mlflow.log_metrics(tracking.flat(compact, "test."))
-        for name, row in numerics.items():
-            label = name.replace("/", ".")
+        for name, row in measured.numerics.items():
+            label = name.replace("/", ".").replace(":", ".")
             mlflow.log_metric(f"deployed.{label}.{DECIDES[task]}", row[DECIDES[task]])
-            mlflow.log_metric(f"deployed.{label}.p50_ms", perf[name]["p50_ms"])
-        mlflow.set_tags({"grimace.candidate": "true", "grimace.blessed": blessed})
+            mlflow.log_metric(f"deployed.{label}.p50_ms", measured.perf[name]["p50_ms"])
+        mlflow.set_tags({"grimace.candidate": "true", "grimace.within_budget": kept})
         mlflow.log_artifacts(str(out), "verification")
 
 
@@ -204,40 +250,62 @@ def failed(name: str, error: Exception) -> dict[str, Any]:
 
 
 def try_out(
-    deployable: Deployable, test: Test, params: Params
+    deployable: Deployable, runtime: str, test: Test, params: Params
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Run a deployable over all faces, its golden images, and one image many times.
+
+    Where the runtime imitates a GPU, over `verify.software_faces` alone, evenly spaced.
 
     Returns:
         Numerics: the metrics of `measure`, `loss` against float32 (points of a hundred for
         accuracy, a fraction of the NME for landmarks; positive is worse) with `loss_ci95`,
         `max_difference` of any output, for emotion `agreement`, the share of equal decisions, and
-        `golden` as `golden.compare` gives it. Perf: `runtime`, `bytes`, `load_ms` until the first
-        answer, `memory_mib` that this takes, `threads` (1) with `p50_ms` and `p95_ms` of one
-        image, and the same three in `all_threads` where the runtime takes more than one.
+        `golden` as `golden.compare` gives it. Perf: `runtime`, whether it is `software`, `bytes`,
+        `load_ms` until the first answer, `memory_mib` that this takes, `threads` (1) with `p50_ms`
+        and `p95_ms` of one image, and the same three in `all_threads` where the runtime takes
+        more than one.
     """
     path, facts = deployable
     images, wanted = golden.read(path.parent / "golden.json")
     runs = params.verify.latency_runs
-    with load(path, threads=1) as model:
+    with load(path, 1, runtime) as model:
+        if model.software:
+            test = fewer(test, params.verify.software_faces, params.evaluate)
         outputs = model.predict(test.faces.images).reshape(test.reference.shape)
         compared = golden.compare(model.predict(images), wanted, facts["tolerance"])
         latency = model.latency(test.faces.images[0], runs)
-        runtime, opening = model.name, model.opening
+        name, opening, software = model.name, model.opening, model.software
     files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
     perf = {
-        "runtime": runtime,
+        "runtime": name,
+        "software": software,
         "bytes": sum(file.stat().st_size for file in files),
         **(opening or probe(path)),
         "threads": 1,
         **latency,
     }
-    cores = os.cpu_count() or 1
-    if path.is_file() and cores > 1:
-        with load(path, threads=cores) as model:
+    if (threads := most_threads(runtime)) > 1:
+        with load(path, threads, runtime) as model:
             more = model.latency(test.faces.images[0], runs)
-        perf["all_threads"] = {"threads": cores, **more}
+            perf["all_threads"] = {"threads": model.threads, **more}
     return compare(test, outputs, params.evaluate) | {"golden": compared}, perf
+
+
+def fewer(test: Test, count: int, settings: Evaluate) -> Test:
+    """Return the test on so many faces, evenly spaced; on all where there are no more."""
+    faces, total = test.faces, len(test.faces.ids)
+    places = np.linspace(0, total - 1, min(count, total)).astype(int)
+    some = replace(
+        faces,
+        ids=faces.ids[places],
+        groups=faces.groups[places],
+        images=faces.images[places],
+        emotions=None if faces.emotions is None else faces.emotions[places],
+        landmarks=None if faces.landmarks is None else faces.landmarks[places],
+        visible=None if faces.visible is None else faces.visible[places],
+    )
+    reference = test.reference[places]
+    return Test(some, reference, measure(some, reference, settings))
 
 
 def compare(test: Test, outputs: np.ndarray, settings: Evaluate) -> dict[str, Any]:

@@ -93,7 +93,7 @@ def produce(
     numerics["loss"] = 100 * (scores["accuracy"] - numerics["accuracy"])
     numerics["max_difference"] = float(np.abs(deployed - outputs).max())
     perf = {"runtime": "litert 2", "bytes": 1000, "threads": 1, "p50_ms": 0.3, "p95_ms": 0.4}
-    blessing = {
+    budgets = {
         "task": "emotion",
         "model_sha256": hashlib.sha256(model.read_bytes()).hexdigest(),
         "files": registry.bytes_of("emotion"),
@@ -111,7 +111,7 @@ def produce(
     for name, content in (
         ("numerics", {"tflite/int8": numerics}),
         ("perf", {"tflite/int8": perf}),
-        ("blessing", blessing),
+        ("budgets", budgets),
     ):
         (reports["test"] / f"{name}.json").write_text(json.dumps(content))
 

@@ -19,7 +19,7 @@ MADE_WITH = {
     "tensorrt": ("keras", "tensorflow", "tf2onnx", "onnx", "onnxruntime", "onnxconverter-common"),
 }
 RUNS_IN = {  # one of them; the graphs were measured in these versions
-    "tflite": (("pypi", "ai-edge-litert"),),
+    "tflite": (("pypi", "ai-edge-litert"), ("npm", "@litertjs/core")),
     "tfjs": (
         ("npm", "@tensorflow/tfjs-core"),
         ("npm", "@tensorflow/tfjs-converter"),
@@ -96,5 +96,5 @@ def _package(kind: str, name: str) -> Component:
 def _npm_version(name: str) -> str:
     import json
 
-    package = Path(__file__).parents[1] / "runtimes" / "tfjs" / "package.json"
+    package = Path(__file__).parents[1] / "runtimes" / "javascript" / "package.json"
     return str(json.loads(package.read_text())["dependencies"][name])

@@ -18,6 +18,11 @@ from pipelines.exporters.quiet import quiet
 if TYPE_CHECKING:
     from pipelines.exporters.quantisation import Calibration
 
+FULL = (
+    "`pip install tensorrt` (10 or 11) on a server, `sudo apt-get install python3-libnvinfer` on a "
+    "Jetson, from its JetPack"
+)
+RTX = "`pip install tensorrt-rtx-cu13`, TensorRT for RTX, which needs no GPU to build"
 TARGETS = ("sm86", "sm89", "sm120")
 LARGEST_BATCH = 32
 
@@ -26,7 +31,10 @@ def main() -> None:
     """Read the command line and build one engine."""
     parser = argparse.ArgumentParser(
         prog="python -m pipelines.exporters.tensorrt",
-        description="Build a TensorRT engine from an ONNX graph that Grimace exported.",
+        description="Build a TensorRT engine from an ONNX graph that Grimace exported. An engine "
+        "is for one generation of GPUs, and loads in the TensorRT that built it.",
+        epilog=f"What has to be installed: for the GPU of this machine {FULL}; for another, or "
+        f"where there is none, {RTX}.",
     )
     parser.add_argument("--onnx", type=Path, required=True, help="int8.onnx or float32.onnx")
     parser.add_argument(
@@ -100,19 +108,20 @@ def find_tensorrt(target: str) -> ModuleType:
     Raises:
         GrimaceError: none is installed that can; the message says which package to install.
     """
-    if target == _capability_here():
+    here = target == _capability_here()
+    if here:
         full = _imported("tensorrt")
         if full:
             return full
     rtx = _imported("tensorrt_rtx")
     if rtx:
         return rtx
-    raise GrimaceError(
-        f"no TensorRT is installed that can build for {target}. For the "
-        "GPU of this machine, on a server or a Jetson, install `tensorrt` (10 or 11) from "
-        "NVIDIA's package index or JetPack; for any RTX GPU, with or without one here, "
-        "`pip install tensorrt-rtx-cu13`"
+    advice = (
+        f"the GPU of this machine. Install it: {FULL}; or {RTX}"
+        if here
+        else f"which is not this machine's GPU. Install {RTX}; or run this on its machine: {FULL}"
     )
+    raise GrimaceError(f"no TensorRT is installed that can build for {target}, {advice}")
 
 
 def build_engine(trt: ModuleType, onnx: Path, target: str) -> bytes:
@@ -166,7 +175,7 @@ def _aim(trt: ModuleType, config: Any, target: str) -> None:
     if target not in known:
         raise GrimaceError(
             f"{trt.__name__} {trt.__version__} does not build for '{target}'; choose from "
-            f"{', '.join(known)}"
+            f"{', '.join(known)}, or run this where that GPU is, with {FULL}"
         )
     config.num_compute_capabilities = 1
     config.set_compute_capability(capabilities.__members__[target.upper()], 0)

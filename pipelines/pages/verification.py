@@ -16,7 +16,7 @@ Rows = Mapping[str, dict[str, Any]]
 
 
 def write_verification(
-    test: dict[str, Any], numerics: Rows, perf: Rows, blessing: dict[str, Any], made: Rows
+    test: dict[str, Any], numerics: Rows, perf: Rows, budgets: dict[str, Any], made: Rows
 ) -> str:
     """Put the page together.
 
@@ -24,47 +24,50 @@ def write_verification(
         test: figures of the Keras model, as in test.json.
         numerics: figures by deployable, as in numerics.json.
         perf: costs by deployable, as in perf.json.
-        blessing: the verdict, as in blessing.json.
+        budgets: the verdict, as in budgets.json.
         made: by deployable what the manifest says of it.
     """
     task = test["task"]
     key, name = METRICS[task]
     low, high = test["ci95"][key]
-    passed = sum(gate["passed"] for gate in blessing["gates"])
+    passed = sum(gate["passed"] for gate in budgets["gates"])
     lead = [
-        f"The candidate for {task} and what was exported of it, each in its own runtime on all "
+        f"The candidate for {task} and what was exported of it, each in its own runtimes on all "
         f"{test['n']:,} faces of the test side. In Keras and float32 its {name} is "
         f"{test[key]:.2%} (95 % interval {low:.2%} to {high:.2%}).",
         pages.facts(
             {
                 "faces": f"{test['n']:,}",
                 f"{name}, Keras": f"{test[key]:.2%}",
-                "deployables within budget": f"{passed} of {len(blessing['gates'])}",
-                "blessed": "yes" if blessing["blessed"] else "no",
+                "deployables within budget": f"{passed} of {len(budgets['gates'])}",
+                "all of them": "yes" if budgets["passed"] else "no",
             }
         ),
     ]
     sections = [
-        Section("What is lost", _losses(task, numerics, blessing)),
+        Section("What is lost", _losses(task, numerics, perf, budgets)),
         Section(f"{name} against cost", _trade_offs(task, numerics, perf)),
-        Section("Cost", _costs(perf, blessing)),
+        Section("Cost", _costs(perf, budgets)),
+        Section("Not measured here", _not_measured(budgets)),
         Section("Layers left in float", _float_layers(made)),
-        Section("Gates", _gates(blessing)),
+        Section("Gates", _gates(budgets)),
     ]
     return pages.page(f"Deployables for {task}, test", lead, sections)
 
 
-def _losses(task: str, numerics: Rows, blessing: dict[str, Any]) -> list[Markup | str]:
+def _losses(task: str, numerics: Rows, perf: Rows, budgets: dict[str, Any]) -> list[Markup | str]:
     key, name = METRICS[task]
     emotion = task == "emotion"
     unit = "points lost" if emotion else "change of the NME"
-    verdicts = {gate["name"]: gate["passed"] for gate in blessing["gates"]}
+    verdicts = {gate["name"]: gate["passed"] for gate in budgets["gates"]}
     rows = []
     for label, row in numerics.items():
         low, high = row["loss_ci95"]
         interval = f"{low:+.2f} to {high:+.2f}" if emotion else f"{low:+.2%} to {high:+.2%}"
         figures = {
-            "deployable": label,
+            "deployable": f"{label}, software, {row['n']} faces"
+            if perf[label]["software"]
+            else label,
             name: row[key],
             "95 % interval": "{:.2%} – {:.2%}".format(*row["ci95"][key]),
             unit: row["loss"],
@@ -75,7 +78,7 @@ def _losses(task: str, numerics: Rows, blessing: dict[str, Any]) -> list[Markup 
         figures |= {
             "largest difference": row["max_difference"],
             "golden, off by": row["golden"]["difference"],
-            "verdict": "ok" if verdicts[label] else "FAILED",
+            "verdict": {True: "ok", False: "FAILED", None: "not judged"}[verdicts.get(label)],
         }
         rows.append(figures)
     if not rows:
@@ -92,7 +95,9 @@ def _losses(task: str, numerics: Rows, blessing: dict[str, Any]) -> list[Markup 
         pages.note(
             "The interval of what is lost is of the difference, both models on the same resamples "
             "of whole groups. Differences are of outputs: probabilities, or crop coordinates. "
-            "Golden images are drawn faces whose answers the bundle carries."
+            "Golden images are drawn faces whose answers the bundle carries. A browser without a "
+            "GPU imitates one in software: that is slow, so it has some of the faces alone, evenly "
+            "spaced, and is not judged."
         ),
     ]
 
@@ -105,6 +110,7 @@ def _trade_offs(task: str, numerics: Rows, perf: Rows) -> list[Markup | str]:
         rows = {
             label: (perf[label][cost] / many, row[key], *row["ci95"][key])
             for label, row in numerics.items()
+            if ":" not in label  # each graph once, in the first of its runtimes
         }
         if rows:
             points = pd.DataFrame.from_dict(rows, "index", columns=["x", "y", "low", "high"])
@@ -112,7 +118,7 @@ def _trade_offs(task: str, numerics: Rows, perf: Rows) -> list[Markup | str]:
     return [pages.side_by_side(*drawn)] if drawn else ["Nothing was measured."]
 
 
-def _costs(perf: Rows, blessing: dict[str, Any]) -> list[Markup | str]:
+def _costs(perf: Rows, budgets: dict[str, Any]) -> list[Markup | str]:
     rows = []
     for label, row in perf.items():
         many = row.get("all_threads", {})
@@ -135,17 +141,31 @@ def _costs(perf: Rows, blessing: dict[str, Any]) -> list[Markup | str]:
     formats = {"size": "{:.2f} MiB", "memory": "{:.1f} MiB", "threads": "{:.0f}"}
     formats |= dict.fromkeys(("load", "p50", "p95", "p50 on these", "p95 on these"), "{:.2f} ms")
     unrun = ", ".join(
-        f"{name} ({size / 2**20:.2f} MiB)" for name, size in blessing["built_but_not_run"].items()
+        f"{name} ({size / 2**20:.2f} MiB)" for name, size in budgets["built_but_not_run"].items()
     )
     return [
         pages.table(pd.DataFrame(rows), "Single images on this machine", formats),
         pages.note(
             "Loading ends with the first answer, in a fresh process whose growth is the memory; "
-            "TF.js tells both itself, its memory being that of tensors. p50 and p95 are the median "
+            "TF.js and LiteRT.js tell both themselves, their memory being that of tensors and that "
+            "of WebAssembly as a whole. p50 and p95 are the median "
             "and the 95th percentile of single images, one thread."
             + (f" Built but not run, for lack of their GPU: {unrun}." if unrun else "")
         ),
     ]
+
+
+def _not_measured(budgets: dict[str, Any]) -> list[Markup | str]:
+    absent = {name: f"not available here: {why}" for name, why in budgets["not_available"].items()}
+    for name in budgets["left_out"]:
+        target, _, runtime = name.partition(":")
+        absent[name] = f"left out; add {runtime} to verify.runtimes.{target} in params.yaml"
+    for name in budgets["built_but_not_run"]:
+        absent[f"tensorrt/{name}"] = "built ahead of time; needs its GPU"
+    if not absent:
+        return ["Every runtime that there is was measured."]
+    table = pd.DataFrame({"runtime": absent.keys(), "why": absent.values()})
+    return [pages.table(table, "Runtimes without a row above")]
 
 
 def _float_layers(made: Rows) -> list[Markup | str]:
@@ -176,12 +196,12 @@ def _float_layers(made: Rows) -> list[Markup | str]:
     return blocks or ["No deployable was searched."]
 
 
-def _gates(blessing: dict[str, Any]) -> list[Markup | str]:
+def _gates(budgets: dict[str, Any]) -> list[Markup | str]:
     table = pd.DataFrame(
         {
-            "deployable": [gate["name"] for gate in blessing["gates"]],
-            "passed": ["yes" if gate["passed"] else "NO" for gate in blessing["gates"]],
-            "why": [gate["why"] for gate in blessing["gates"]],
+            "deployable": [gate["name"] for gate in budgets["gates"]],
+            "passed": ["yes" if gate["passed"] else "NO" for gate in budgets["gates"]],
+            "why": [gate["why"] for gate in budgets["gates"]],
         }
     )
     return [pages.table(table, "One row a deployable")]

@@ -1,31 +1,47 @@
 """Opens a model in the runtime it is meant for, so that what is verified is what is deployed."""
 
+import os
 from pathlib import Path
+from typing import Any
 
 from pipelines.cli import GrimaceError
-from pipelines.runtimes.runtime import Runtime
+from pipelines.runtimes.runtime import Runtime, UnavailableError
 
-__all__ = ["Runtime", "load"]
+__all__ = ["RUNTIMES", "Runtime", "UnavailableError", "load", "most_threads"]
+
+# By the target of a bundle, those that its graphs run in.
+RUNTIMES = {
+    "tflite": ("litert", "litertjs"),
+    "tfjs": ("wasm", "node", "webgl", "webgpu"),
+    "tensorrt": ("onnxruntime",),
+}
+TARGETS = {".tflite": "tflite", ".onnx": "tensorrt"}
 
 
-def load(path: Path, threads: int = 1) -> Runtime:
+def load(path: Path, threads: int = 1, runtime: str | None = None) -> Runtime:
     """Open a model in the runtime that its name calls for.
 
     Args:
         path: a `.keras`, `.tflite` or `.onnx` file, or a folder that holds a TF.js graph model
             (`model.json` and its shards).
-        threads: threads to compute with. LiteRT and ONNX Runtime take it exactly; TF.js always
-            runs on one; Keras leaves it to its backend (`Runtime.threads` says what holds).
+        threads: threads to compute with. See `most_threads`; Keras leaves it to its backend
+            (`Runtime.threads` says what holds).
+        runtime: of those in `RUNTIMES` for such a file the one to open it in; by default LiteRT,
+            ONNX Runtime, and TF.js in Chromium where there is one, else in Node.
 
     Returns:
         The open model. Use it in a `with` block: TF.js runs in a process of its own.
 
     Raises:
+        UnavailableError: this machine lacks what the runtime needs.
         GrimaceError: nothing is there, it is no model, it is damaged, or it does not map one
-            image to one output.
+            image to one output; or it is not for this runtime.
     """
     if not path.exists():
         raise GrimaceError(f"{path} does not exist; export the model first")
+    target = "tfjs" if path.is_dir() else TARGETS.get(path.suffix, "")
+    if runtime and runtime not in RUNTIMES.get(target, ()):
+        raise GrimaceError(f"{path} does not run in {runtime}; it runs in {_known(target)}")
     # The libraries are heavy, so only the one that is needed gets imported.
     if path.is_dir():
         if not (path / "model.json").is_file():
@@ -35,11 +51,16 @@ def load(path: Path, threads: int = 1) -> Runtime:
             )
         from pipelines.runtimes import tfjs
 
-        return tfjs.load(path)
+        asked: Any = runtime
+        return tfjs.load(path, threads, asked)
     if path.suffix == ".keras":
         from pipelines.runtimes import keras_model
 
         return keras_model.load(path)
+    if runtime == "litertjs":
+        from pipelines.runtimes import litertjs
+
+        return litertjs.load(path, threads)
     if path.suffix == ".tflite":
         from pipelines.runtimes import litert
 
@@ -52,3 +73,18 @@ def load(path: Path, threads: int = 1) -> Runtime:
         f"{path}: no runtime is known for '{path.suffix or path.name}'; give a .keras, .tflite or "
         ".onnx file, or a TF.js folder with a model.json"
     )
+
+
+def _known(target: str) -> str:
+    return ", ".join(RUNTIMES.get(target, ("Keras",)))
+
+
+def most_threads(runtime: str) -> int:
+    """Return how many threads a runtime of `RUNTIMES` can compute with on this machine.
+
+    TF.js takes half of the logical cores at most, and in Node and on a GPU one.
+    """
+    cores = os.cpu_count() or 1
+    if runtime == "wasm":
+        return max(1, cores // 2)
+    return cores if runtime in ("litert", "litertjs", "onnxruntime") else 1

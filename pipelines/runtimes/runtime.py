@@ -13,6 +13,10 @@ from pipelines.cli import GrimaceError
 WARM_UP_RUNS = 10
 
 
+class UnavailableError(GrimaceError):
+    """A runtime is not there on this machine, whatever the model; the message says why."""
+
+
 @dataclass(frozen=True)
 class Runtime:
     """An open model; a context manager that frees it.
@@ -29,6 +33,7 @@ class Runtime:
         stop: frees the model and whatever process runs it.
         opening: what the host of a model says that opening it took, as
             `pipelines.runtimes.probe` does of others; empty where it says nothing.
+        software: whether it needs a GPU and runs on an imitation of one, which is slow.
     """
 
     name: str
@@ -40,6 +45,7 @@ class Runtime:
     batch_size: int
     stop: Callable[[], object]
     opening: Mapping[str, float] = field(default_factory=dict)
+    software: bool = False
 
     def predict(self, images: np.ndarray) -> np.ndarray:
         """Run the model over any number of images.

@@ -98,7 +98,7 @@ def candidate_of(outputs: np.ndarray | None, accuracy: float, **changes: Any) ->
             "test": {"n": COUNT},
             "numerics": numerics,
             "perf": {name: {"bytes": 2**20} for name in DEPLOYABLES},
-            "blessing": {
+            "budgets": {
                 "files": dict(FILES),
                 "gates": [dict(GATE, name=name) for name in DEPLOYABLES],
                 "built_but_not_run": {},
@@ -235,7 +235,7 @@ def test_one_whose_int8_collapsed(judged, faces):
     candidate.verification["numerics"]["tflite/int8"]["golden"] = golden
     assert failed(judged(candidate)).keys() == {"golden: tflite/int8"}
     candidate = candidate_of(said(faces, some(0.7)), 0.68)
-    candidate.verification["blessing"]["gates"][1]["passed"] = False  # whatever the figures say
+    candidate.verification["budgets"]["gates"][1]["passed"] = False  # whatever the figures say
     assert failed(judged(candidate)).keys() == {"budget: tflite/int8"}
 
     candidate = candidate_of(said(faces, some(0.7)), 0.68)
@@ -243,7 +243,7 @@ def test_one_whose_int8_collapsed(judged, faces):
     assert failed(judged(candidate)).keys() == {"budget: tflite/int8"}
     candidate = candidate_of(said(faces, some(0.7)), 0.68)
     candidate.verification["perf"]["tflite/int8"]["bytes"] = 30 * 2**20
-    candidate.verification["blessing"]["built_but_not_run"]["int8.sm89"] = 40 * 2**20
+    candidate.verification["budgets"]["built_but_not_run"]["int8.sm89"] = 40 * 2**20
     oversize = {"size: tflite/int8", "size: tensorrt/int8.sm89"}
     assert failed(judged(candidate)).keys() == oversize
 
@@ -251,9 +251,9 @@ def test_one_whose_int8_collapsed(judged, faces):
 def test_one_that_did_not_run_or_was_not_there(judged, faces):
     candidate = candidate_of(said(faces, some(0.7)), 0.68)
     del candidate.verification["numerics"]["tflite/int8"]
-    candidate.verification["blessing"]["gates"][1]["why"] = "the runtime refused it"
+    candidate.verification["budgets"]["gates"][1]["why"] = "the runtime refused it"
     assert failed(judged(candidate)) == {"budget: tflite/int8": "the runtime refused it"}
-    candidate.verification["blessing"]["gates"].clear()
+    candidate.verification["budgets"]["gates"].clear()
     assert failed(judged(candidate)).keys() == {"deployables"}
 
 
@@ -286,7 +286,7 @@ def test_what_could_not_be_computed_has_failed(judged, faces):
     unknown = candidate_of(said(faces, some(0.7)), 0.68)
     unknown.verification["numerics"]["tflite/int4"] = {"loss": 0.0, "n": COUNT, "task": "emotion"}
     unknown.verification["perf"]["tflite/int4"] = {"bytes": 1}
-    unknown.verification["blessing"]["gates"].append(dict(GATE, name="tflite/int4"))
+    unknown.verification["budgets"]["gates"].append(dict(GATE, name="tflite/int4"))
     assert "answers has no 'int4'" in failed(judged(unknown))["golden: tflite/int4"]
 
 

@@ -130,6 +130,8 @@ def test_unknown_key_like_no_other(load: Load) -> None:
         ("augment.landmarks.views", 0),
         ("augment.landmarks.jitter_scale", 1),
         ("download.fer2013.sha256.0", "26c5"),
+        ("verify.runtimes.tfjs.0", "deno"),
+        ("verify.software_faces", 0),
     ],
 )
 def test_wrong_type_or_impossible_value(load: Load, key: str, value: Any) -> None:
@@ -190,6 +192,7 @@ def test_missing_transform_name(load: Load) -> None:
         ),
         ("filter.overrides", {"fer2031": {}}, "filter: overrides names unknown datasets: fer2031"),
         ("filter.restore", {"fer2031": []}, "filter: restore names unknown datasets: fer2031"),
+        ("verify.runtimes.tfjs", ["node", "node"], "verify.runtimes: tfjs names a runtime twice"),
         ("train.workers", 2, "train.workers: 2 need a cluster; set cluster.address, or train.dev"),
     ],
 )

@@ -76,7 +76,7 @@ def test_what_is_missing_is_named(workspace, monkeypatch):
     with pytest.raises(GrimaceError, match=r"not registered; run `python -m pipelines\.register"):
         gate.main()
     shutil.rmtree("reports/verify/landmarks")
-    with pytest.raises(GrimaceError, match=r"blessing\.json is missing; run `dvc repro verify`"):
+    with pytest.raises(GrimaceError, match=r"budgets\.json is missing; run `dvc repro verify`"):
         register.register("landmarks", workspace.params)
     shutil.rmtree("deploy/landmarks")
     with pytest.raises(GrimaceError, match="run `dvc repro export`"):

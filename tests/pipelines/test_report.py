@@ -97,11 +97,11 @@ def test_figures_are_those_of_their_side(copy):
 
 def test_a_failed_gate_is_said(copy):
     folder = copy.root / "reports" / "verify" / "emotion"
-    blessing = json.loads((folder / "blessing.json").read_text())
-    gates = {gate["name"]: gate for gate in blessing["gates"]}
+    budgets = json.loads((folder / "budgets.json").read_text())
+    gates = {gate["name"]: gate for gate in budgets["gates"]}
     gates["tflite/int8"]["passed"] = False
     gates["tfjs/uint8"] |= {"passed": False, "value": None, "bound": None}
-    change(folder / "blessing.json", gates=list(gates.values()), blessed=False)
+    change(folder / "budgets.json", gates=list(gates.values()), passed=False)
     numerics = json.loads((folder / "numerics.json").read_text())
     del numerics["tfjs/uint8"]  # could not be computed
     (folder / "numerics.json").write_text(json.dumps(numerics))
@@ -112,6 +112,22 @@ def test_a_failed_gate_is_said(copy):
     assert verdicts["tfjs/uint8"]["verdict"] == "FAILED"
     assert verdicts["tfjs/uint8"]["metric"] == ""
     assert verdicts["tfjs/float32"]["verdict"] == "ok"
+
+
+def test_what_was_not_measured_or_not_judged_is_said(copy):
+    folder = copy.root / "reports" / "verify" / "emotion"
+    for file in ("numerics", "perf"):
+        rows = json.loads((folder / f"{file}.json").read_text())
+        change(folder / f"{file}.json", **{"tfjs/uint8:webgl": {**rows["tfjs/uint8"], "n": 5}})
+    why = "this browser offers no WebGPU adapter here"
+    change(folder / "budgets.json", not_available={"tfjs:webgpu": why})
+    copy.call(report.main)
+    found = {row["what"]: row for row in rows_of(copy.root) if row["task"] == "emotion"}
+    webgl, webgpu = found["tfjs/uint8:webgl"], found["tfjs:webgpu"]
+    assert webgl["verdict"] == "not judged" and webgl["metric"].endswith(" on 5 faces")
+    assert webgpu["verdict"] == "not run"
+    assert webgpu["runs in"] == f"not available here: {why}"
+    assert not found["tfjs/uint8"]["metric"].endswith("faces")
 
 
 def test_results_that_are_not_there_yet(copy):
@@ -148,7 +164,7 @@ def test_the_page_has_everything_but_faces(copy):
     assert "99 s" not in text  # an earlier run of the same
     assert "/home/me" not in text + (page / "results.json").read_text()
     everything = json.loads((page / "results.json").read_text())
-    assert everything["emotion"]["blessing"]["blessed"] is True
+    assert everything["emotion"]["budgets"]["passed"] is True
     assert everything["landmarks"]["validation"].keys() == {"plain", "compact"}
     pictures = {path.name for path in page.glob("*.png")}
     assert {"emotion-test-confusion.png", "landmarks-plain-ced.png"} <= pictures

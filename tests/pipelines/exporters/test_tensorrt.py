@@ -126,8 +126,20 @@ def test_an_unknown_target_is_answered_with_the_known_ones(bundle):
 def test_without_tensorrt_the_message_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorrt", None)
     monkeypatch.setitem(sys.modules, "tensorrt_rtx", None)
-    with pytest.raises(GrimaceError, match=r"sm89.*`tensorrt`.*pip install tensorrt-rtx-cu13"):
+    monkeypatch.setattr(tensorrt, "_capability_here", lambda: "sm87")
+    install = r"`pip install tensorrt` .*python3-libnvinfer` on a Jetson.*tensorrt-rtx-cu13`"
+    with pytest.raises(GrimaceError, match=rf"for sm87, the GPU of this machine.*{install}"):
+        tensorrt.find_tensorrt("sm87")
+    with pytest.raises(
+        GrimaceError, match=r"for sm89, which is not this.*install tensorrt-rtx-cu13`"
+    ):
         tensorrt.find_tensorrt("sm89")
+
+
+def test_help_says_what_to_install():
+    said = " ".join(command("--help").stdout.split())
+    for package in ("pip install tensorrt`", "python3-libnvinfer`", "install tensorrt-rtx-cu13`"):
+        assert package in said
 
 
 def test_full_tensorrt_is_left_alone_for_another_machines_gpu(monkeypatch):

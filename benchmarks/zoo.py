@@ -1,0 +1,282 @@
+"""Export every network of the zoo in every variant, and compare each graph with Keras.
+
+    uv run python -m benchmarks.zoo --out docs/results/zoo    # --networks emotion-vgg19 …
+
+With `--networks` the rows of all others stay as they are in the folder.
+
+Each network is built at the setting that its docstring gives, with random weights: ImageNet's are
+not fetched, for what converters make of a layer does not depend on its values. Batch normalisation
+takes its statistics from drawn faces, or else untrained layers would hide what rounding does. Every
+graph is loaded in its runtime and asked about drawn faces that calibration has not seen. What does
+not export, or answers otherwise than Keras does, stands in the table with the reason.
+"""
+
+import argparse
+import json
+import math
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import numpy as np
+from tqdm import tqdm
+
+from models import emotion, landmarks
+from pipelines import bundles
+from pipelines.bundles import golden
+from pipelines.cli import GrimaceError, run, whole_folder
+from pipelines.datasets import synthetic
+from pipelines.evaluate import crop_all
+from pipelines.exporters import tensorrt, tfjs, tflite
+from pipelines.exporters.quantisation import Calibration
+from pipelines.params import Task, TaskName
+from pipelines.report import machine, markdown
+from pipelines.runtimes import load
+
+TASKS: dict[TaskName, ModuleType] = {"emotion": emotion, "landmarks": landmarks}
+NETWORKS = [f"{task}-{name}" for task, module in TASKS.items() for name in module.NETWORKS]
+CALIBRATION, COMPARED, SEED = 32, 8, 2026
+# Tolerances are meant for answers that spread so over faces. A classifier that has learnt nothing
+# hardly tells one face from another, so that what is asked of it shrinks in proportion.
+SPREAD, LEAST = 0.1, 1e-6
+SETTING = re.compile(r"Setting: size (\d+), channels (\d), widths \(([\d, ]*)\)(?:, points (\d+))?")
+COLUMNS = (
+    "network",
+    "parameters",
+    "variant",
+    "size",
+    "runs in",
+    "largest difference",
+    "spread of answers",
+    "verdict",
+)
+
+Row = dict[str, Any]
+
+
+class Built(NamedTuple):
+    """A network of the zoo, ready for export.
+
+    Attributes:
+        path: its `.keras` file.
+        parameters: how many it has.
+        calibration: faces, and a loss that any eight-bit graph keeps to.
+        images: float32 (n, S, S, C), values 0–255, to be compared on.
+        answers: what Keras makes of them.
+    """
+
+    path: Path
+    parameters: int
+    calibration: Calibration
+    images: np.ndarray
+    answers: np.ndarray
+
+
+def main() -> None:
+    """Try the networks and write README.md and results.json."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, required=True, help="folder for the page and results")
+    parser.add_argument(
+        "--networks", nargs="+", choices=NETWORKS, default=NETWORKS, metavar="TASK-NETWORK"
+    )
+    parser.add_argument(
+        "--engines", nargs="*", default=["sm89"], help="TensorRT targets; default: sm89"
+    )
+    args = parser.parse_args()
+    if args.out.exists() and not (args.out / "results.json").exists():
+        raise GrimaceError(f"{args.out} would be replaced, and holds no results: name another")
+    rows = [row for row in earlier(args.out) if row["network"] not in args.networks]
+    for name in tqdm(args.networks, "networks", disable=None):
+        rows += try_network(name, args.engines)
+        rows.sort(key=lambda row: NETWORKS.index(row["network"]))  # a stable sort
+        write(rows, args.out)  # at once: large networks take minutes
+    print(markdown(table(rows), COLUMNS))
+
+
+def earlier(folder: Path) -> list[Row]:
+    """Return the rows of earlier runs: those of networks that are not asked for are kept."""
+    path = folder / "results.json"
+    rows = json.loads(path.read_text())["rows"] if path.exists() else []
+    return [row for row in rows if row["network"] in NETWORKS]
+
+
+def write(rows: list[Row], folder: Path) -> None:
+    """Write README.md and results.json."""
+    where = machine()
+    with whole_folder(folder) as out:
+        (out / "results.json").write_text(json.dumps({"machine": where, "rows": rows}, indent=2))
+        (out / "README.md").write_text(page(rows, where))
+
+
+def try_network(name: str, engines: list[str]) -> list[Row]:
+    """Build a network, export it and compare.
+
+    Args:
+        name: of `NETWORKS`, such as "landmarks-vgg19".
+        engines: TensorRT targets, such as "sm89".
+
+    Returns:
+        A row a variant, or a row a target where its exporter failed: `network`, `parameters`,
+        `variant` ("tflite/int8"), `precision`, `bytes`, `runtime`, `difference` (the largest of
+        any output from Keras's), `spread` (standard deviation of Keras's answers over the faces),
+        `passed` and `why`; what is not known is None.
+    """
+    with TemporaryDirectory() as scratch:
+        built = build(name, Path(scratch, "model.keras"))
+        return list(_rows(name, built, Path(scratch), engines))
+
+
+def build(name: str, path: Path) -> Built:
+    """Save a network of the zoo, with random weights, at the setting of its docstring."""
+    import keras
+
+    task, network = _named(name)
+    builder = TASKS[task].NETWORKS[network]
+    found = SETTING.search(builder.__doc__ or "")
+    if not found:
+        raise GrimaceError(f"the docstring of {name} gives no setting")
+    size, channels, points = int(found[1]), int(found[2]), found[4]
+    widths = tuple(int(width) for width in re.findall(r"\d+", found[3]))
+    more = {"points": int(points)} if points else {}
+    keras.utils.set_random_seed(SEED)
+    model = TASKS[task].build(network, widths, size, channels, dropout=0.0, **more)
+    crop = Task(dataset="synthetic", size=size, channels=channels, margin=0.1)  # type: ignore[arg-type]
+    drawn = crop_all(synthetic.examples(CALIBRATION + COMPARED, SEED), task, crop).images
+    images = drawn.astype(np.float32)
+    seen, new = images[:CALIBRATION], images[CALIBRATION:]
+    norms = [x for x in _layers(model) if isinstance(x, keras.layers.BatchNormalization)]
+    for norm in norms:
+        norm.momentum = 0.5
+    for _ in range(6 if norms else 0):
+        model(seen, training=True)
+    model.save(path)
+    answers = model.predict(new, verbose=0)
+
+    def loss(outputs: np.ndarray) -> float:
+        return float(np.abs(outputs.reshape(answers.shape) - answers).mean())
+
+    calibration = Calibration(seen, new, loss, math.inf, "mean difference")
+    return Built(path, model.count_params(), calibration, new, answers)
+
+
+def _layers(model: Any) -> Iterator[Any]:
+    """All layers, those of a transfer network's base too."""
+    for layer in model.layers:
+        yield from _layers(layer) if hasattr(layer, "layers") else [layer]
+
+
+def _named(name: str) -> tuple[TaskName, str]:
+    task, _, network = name.partition("-")
+    return ("emotion" if task == "emotion" else "landmarks"), network
+
+
+def _rows(name: str, built: Built, out: Path, engines: list[str]) -> Iterator[Row]:
+    exporters = {
+        "tflite": lambda folder: tflite.export(built.path, folder, built.calibration),
+        "tfjs": lambda folder: tfjs.export(built.path, folder),
+        "tensorrt": lambda folder: tensorrt.export(built.path, folder, built.calibration, ()),
+    }
+    for target, export in exporters.items():
+        empty = {"network": name, "parameters": built.parameters, "variant": target}
+        empty |= dict.fromkeys(("precision", "bytes", "runtime", "difference", "spread"))
+        empty |= {"passed": False, "why": ""}
+        try:
+            variants = export(out / target)
+        # Whatever a converter raises belongs in the table, and the others go on.
+        except Exception as error:
+            yield empty | {"why": f"not exported: {_reason(error)}"}
+            continue
+        for variant, facts in variants.items():
+            row = empty | {"variant": f"{target}/{variant}", "precision": facts["precision"]}
+            yield row | _compared(out / target / facts["file"], facts["precision"], built)
+        if target == "tensorrt":
+            for engine in engines:
+                row = empty | {"variant": f"tensorrt/int8.{engine}", "precision": "int8"}
+                yield row | _engine(out / target / "int8.onnx", engine)
+
+
+def _compared(graph: Path, precision: str, built: Built) -> Row:
+    files = [graph] if graph.is_file() else [file for file in graph.rglob("*") if file.is_file()]
+    row: Row = {"bytes": sum(file.stat().st_size for file in files)}
+    try:
+        with load(graph) as runtime:
+            outputs = runtime.predict(built.images).reshape(built.answers.shape)
+            row["runtime"] = runtime.name
+    except Exception as error:
+        return row | {"why": f"exported, but does not run: {_reason(error)}"}
+    spread = float(built.answers.std(0).mean())
+    allowed = max(LEAST, bundles.TOLERANCES[precision] * spread / SPREAD)
+    apart = golden.compare(outputs, built.answers, allowed)
+    why = "" if apart["passed"] else f"mean difference {apart['difference']:.2g}, {allowed:g} asked"
+    return row | {
+        "difference": float(np.abs(outputs - built.answers).max()),
+        "spread": spread,
+        "passed": apart["passed"],
+        "why": why,
+    }
+
+
+def _engine(graph: Path, target: str) -> Row:
+    try:
+        trt = tensorrt.find_tensorrt(target)
+        size = len(tensorrt.build_engine(trt, graph, target))
+    except Exception as error:
+        return {"why": f"not built: {_reason(error)}"}
+    return {"bytes": size, "passed": True, "why": "built ahead of time, not run"}
+
+
+def _reason(error: Exception) -> str:
+    return (" ".join(str(error).split()) or type(error).__name__)[-300:]
+
+
+def table(rows: list[Row]) -> list[tuple[str, ...]]:
+    """Return the rows as text, in the order of `COLUMNS`."""
+
+    def text(value: Any, form: str) -> str:
+        return "" if value is None else form.format(value)
+
+    return [
+        (
+            row["network"],
+            f"{row['parameters']:,}",
+            row["variant"],
+            "" if row["bytes"] is None else f"{row['bytes'] / 2**20:.2f} MiB",
+            row["runtime"] or "",
+            text(row["difference"], "{:.2g}"),
+            text(row["spread"], "{:.2g}"),
+            " ".join(filter(None, ("ok" if row["passed"] else "FAILED", row["why"]))).replace(
+                "|", "\\|"
+            ),
+        )
+        for row in rows
+    ]
+
+
+def page(rows: list[Row], where: dict[str, str]) -> str:
+    """Return the page of results, Markdown."""
+    passed = sum(row["passed"] for row in rows)
+    networks = {row["network"] for row in rows}
+    missing = [name for name in NETWORKS if name not in networks]
+    unrun = f"Not run: {', '.join(missing)}.\n\n" if missing else ""
+    facts = "".join(f"- {name}: {value}\n" for name, value in where.items())
+    return (
+        f"# Does every network export?\n\nWritten by `python -m benchmarks.zoo`: {len(networks)} "
+        f"of {len(NETWORKS)} networks, {passed} of {len(rows)} variants answer as Keras does.\n\n"
+        "Weights are random (ImageNet's were not fetched for the transfer networks), statistics of "
+        f"batch normalisation from {CALIBRATION} drawn faces, which are also what eight bits were "
+        f"calibrated on; compared on {COMPARED} others. A difference is to be read against the "
+        "spread of answers over these faces, which is small in a classifier that has learnt "
+        "nothing: the verdict asks for the mean difference that a bundle's golden answers may have "
+        f"(`pipelines/bundles`), times the spread over {SPREAD:g}. Eight-bit graphs are those with "
+        "every layer in eight bits: no search for sensitive ones.\n\n"
+        f"{unrun}{markdown(table(rows), COLUMNS)}\n## Where\n\n{facts}"
+    )
+
+
+if __name__ == "__main__":
+    run(main)
