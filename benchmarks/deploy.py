@@ -25,7 +25,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from shutil import which
 from statistics import median
 from tempfile import TemporaryDirectory
 from time import perf_counter, sleep
@@ -321,13 +320,15 @@ def time_page() -> list[dict[str, Any]]:
     """
     from playwright.sync_api import sync_playwright
 
-    from pipelines.runtimes.tfjs import CHROMIUM_FLAGS, CHROMIUM_NAMES
+    from pipelines.runtimes.javascript import CHROMIUM_FLAGS, chromium
 
-    chromium = next(filter(None, map(which, CHROMIUM_NAMES)), None)
-    if chromium is None:
+    browser_path = chromium()
+    if browser_path is None:
         raise GrimaceError("no Chromium was found: install it, as .ci/run does")
     with served() as address, sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium, args=list(CHROMIUM_FLAGS))
+        browser = playwright.chromium.launch(
+            executable_path=browser_path, args=list(CHROMIUM_FLAGS)
+        )
         tab = browser.new_page()
         tab.goto(address)
         rows = tab.evaluate(IN_PAGE, [FRAMES, 640, 480])
