@@ -269,7 +269,7 @@ def page(rows: list[Row], where: dict[str, str]) -> str:
         "Weights are random (ImageNet's were not fetched for the transfer networks), statistics of "
         f"batch normalisation from {CALIBRATION} drawn faces, which are also what eight bits were "
         f"calibrated on; compared on {COMPARED} others. The verdict says that a graph exports, "
-        "runs in its runtime and keeps to the mean difference that a bundle's golden answers may have "
+        "runs in its runtime and keeps to the mean difference that golden answers may have "
         f"(`pipelines/bundles`; in proportion where answers spread by more than {SPREAD:g}). What "
         "rounding costs it does not say, for a network that has learnt nothing hardly tells one "
         "face from another: of trained ones `verify` measures that. Eight-bit graphs are those "
