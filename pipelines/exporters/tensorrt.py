@@ -18,10 +18,9 @@ from pipelines.exporters.quiet import quiet
 if TYPE_CHECKING:
     from pipelines.exporters.quantisation import Calibration
 
-FULL = (
-    "`pip install tensorrt` (10 or 11) on a server, `sudo apt-get install python3-libnvinfer` on a "
-    "Jetson, from its JetPack"
-)
+SERVER = "`pip install tensorrt` (10 or 11) on a server"
+JETSON = "`sudo apt-get install python3-libnvinfer` on a Jetson, from its JetPack"
+FULL = f"{SERVER}, {JETSON}"
 RTX = "`pip install tensorrt-rtx-cu13`, TensorRT for RTX, which needs no GPU to build"
 TARGETS = ("sm86", "sm89", "sm120")
 LARGEST_BATCH = 32
@@ -31,10 +30,12 @@ def main() -> None:
     """Read the command line and build one engine."""
     parser = argparse.ArgumentParser(
         prog="python -m pipelines.exporters.tensorrt",
-        description="Build a TensorRT engine from an ONNX graph that Grimace exported. An engine "
+        # Which breaks no package's name in two.
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Build a TensorRT engine from an ONNX graph that Grimace exported. An engine\n"
         "is for one generation of GPUs, and loads in the TensorRT that built it.",
-        epilog=f"What has to be installed: for the GPU of this machine {FULL}; for another, or "
-        f"where there is none, {RTX}.",
+        epilog="What has to be installed for the GPU of this machine:\n"
+        f"  {SERVER},\n  {JETSON};\nfor another, or where there is none:\n  {RTX}.",
     )
     parser.add_argument("--onnx", type=Path, required=True, help="int8.onnx or float32.onnx")
     parser.add_argument(
