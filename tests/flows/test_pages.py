@@ -20,6 +20,7 @@ SHOWN = {
 @pytest.fixture(scope="module")
 def told(service) -> dict[str, Any]:
     """Ids of two candidates' runs and of the flow run that retrained."""
+    assert service.up()[0] == 0  # it may have been stopped by the tests of `flows.up`
     flow_run = service.retrained()
     client = MlflowClient(f"sqlite:///{service.root}/mlflow.db")
     runs = [client.get_model_version("grimace-emotion", number).run_id for number in ("1", "2")]

@@ -295,7 +295,7 @@ def test_an_unknown_model_gets_one_run_that_says_so(store: Tracking, tmp_path: P
     found = mlflow.MlflowClient().get_run(first)
     assert found.data.tags[tracking.MODEL_TAG] == tracking.sha256(model)
     assert "restored by DVC" in found.data.tags["grimace.origin"]
-    assert found.info.run_name == "plain (restored)"
+    assert found.info.run_name == f"plain {tracking.sha256(model)[:8]} (restored)"
     with tracking.run_of_model(store, "landmarks", model) as run:  # another task's experiment
         assert run.info.run_id != first
 
