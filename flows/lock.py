@@ -25,10 +25,11 @@ POLL_SECONDS = 1
 
 
 class BusyError(GrimaceError):
-    """Somebody else holds the lock; the message says who."""
+    """Somebody else holds the lock: `holder` says who."""
 
     def __init__(self, holder: str) -> None:
         super().__init__(f"{holder}; --wait waits for its end")
+        self.holder = holder
 
 
 class GivenUpError(GrimaceError):

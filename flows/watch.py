@@ -33,6 +33,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 from uuid import NAMESPACE_URL, uuid5
 
+from flows.lock import BusyError, alone
 from flows.retrain import TASKS, prefect_server, retrain
 from flows.supervise import Lifeline, supervise
 from pipelines import landing
@@ -164,8 +165,12 @@ def watch(trigger: Trigger = "event") -> State[Any]:
 
 @task(cache_policy=NO_CACHE)
 def look(params: Params) -> landing.Look:
-    """Take what has landed."""
-    seen = landing.look(params)
+    """Take what has landed, unless a flow is at work on the data as they are."""
+    try:
+        with alone("a look at what has landed"):
+            seen = landing.look(params)
+    except BusyError as error:
+        seen = landing.Look(waiting=(f"what has landed waits: {error.holder}",))
     get_run_logger().info("%s", seen)
     return seen
 

@@ -27,6 +27,7 @@ from prefect.events.actions import RunDeployment
 from prefect.events.schemas.automations import AutomationCore, EventTrigger, Posture
 from prefect.states import Cancelled, Failed
 
+from flows.lock import alone
 from flows.watch import DRIFT, NEW, Trigger, watch
 from pipelines import landing
 from pipelines.datasets import synthetic
@@ -259,3 +260,11 @@ def test_it_follows_until_it_is_stopped(prefect_server: str) -> None:
     process.send_signal(signal.SIGTERM)
     assert process.wait(60) == 128 + signal.SIGTERM
     assert len(events(NEW)) == 2
+
+
+def test_what_has_landed_waits_for_a_flow_that_is_at_work() -> None:
+    drop("happy/one.png", picture(1))
+    with alone("a retraining"):
+        assert "what has landed waits" in look("none")
+        assert (LABELLED / "happy/one.png").exists()
+    assert "version 1 of folder: 1 new pictures" in look("none")
