@@ -100,8 +100,9 @@ def costs() -> list[dict[str, Any]]:
     if not COSTS.exists():
         raise GrimaceError(f"{COSTS} is missing: run `dvc repro` before publishing")
     last = {row["command"]: row for row in map(json.loads, COSTS.read_text().splitlines())}
-    # The converter that `export` starts is in its own time, and names files by absolute paths.
-    return [row for row in last.values() if not row["command"].startswith("pipelines.exporters")]
+    # What `export` and `verify` start is in their own time, and names files by absolute paths.
+    parts = ("pipelines.exporters", "pipelines.runtimes")
+    return [row for row in last.values() if not row["command"].startswith(parts)]
 
 
 def task_rows(task: str) -> list[tuple[str, ...]]:

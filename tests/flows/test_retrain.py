@@ -280,12 +280,12 @@ def test_from_the_command_line(
 ) -> None:
     repository({"a": stage("touch a", ["a"]), "bad": stage("echo 'error: why'; exit 1", ["bad"])})
     bad = start_flow("--targets", "bad", PREFECT_API_URL=prefect_server)
-    good = start_flow("--targets", "a", PREFECT_API_URL=prefect_server)
     _, errors = bad.communicate(timeout=60)
     assert bad.returncode == 1
     assert [line for line in errors.splitlines() if line.startswith("error: ")] == [
         "error: stage 'bad' failed: error: why (1 failed)"
     ]
+    good = start_flow("--targets", "a", PREFECT_API_URL=prefect_server)
     output, errors = good.communicate(timeout=60)
     assert good.returncode == 0, errors
     assert "1 stages: 1 ran" in output.splitlines()

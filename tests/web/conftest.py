@@ -89,9 +89,13 @@ def camera(camera_face, tmp_path_factory) -> Path:
     return path
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def launch() -> Iterator[Callable[..., Browser]]:
-    """Start Chromium with more flags; all are closed at the end."""
+    """Start Chromium with more flags; all are closed at the end.
+
+    Of a module, not of the session: while Playwright is there, this thread counts as one that runs
+    an event loop, in which neither Prefect's calls work nor a second Playwright.
+    """
     chromium = shutil.which("chromium") or shutil.which("google-chrome")
     with sync_playwright() as playwright:
         opened = []
@@ -108,7 +112,7 @@ def launch() -> Iterator[Callable[..., Browser]]:
             browser.close()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser(launch, camera) -> Browser:
     return launch(
         "--use-fake-device-for-media-stream",
@@ -117,7 +121,7 @@ def browser(launch, camera) -> Browser:
     )
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def context(browser: Browser) -> BrowserContext:
     """One for all pages: what one fetched another need not fetch again."""
     return browser.new_context(permissions=["camera"])

@@ -14,9 +14,12 @@ from pipelines.checks import Finding
 COLUMNS = list(Finding.__dataclass_fields__)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browse() -> Iterator[Callable]:
-    """Open a file in headless Chromium at a width; returns the page and what it asked for."""
+    """Open a file in headless Chromium at a width; returns the page and what it asked for.
+
+    Of a module, not of the session: two Playwrights in one thread do not get on.
+    """
     from playwright.sync_api import sync_playwright
 
     chromium = shutil.which("chromium") or shutil.which("google-chrome")
