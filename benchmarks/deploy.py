@@ -19,6 +19,7 @@ too: in headless Chromium, on a frame of 640 by 480 pixels, cropping included.
 """
 
 import argparse
+import socket
 import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -355,13 +356,19 @@ def served() -> Iterator[str]:
         [*vite, "--strictPort"], cwd=WEB, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )
     try:
-        sleep(5)
-        if process.poll() is not None:
-            raise GrimaceError(f"Vite did not start: {(process.communicate()[0] or b'').decode()}")
+        while not _answers(5199):
+            if process.poll() is not None:
+                raise GrimaceError(f"Vite did not start: {process.communicate()[0].decode()}")
+            sleep(0.1)
         yield "http://127.0.0.1:5199/"
     finally:
         process.terminate()
         process.wait()
+
+
+def _answers(port: int) -> bool:
+    with socket.socket() as tried:
+        return tried.connect_ex(("127.0.0.1", port)) == 0
 
 
 def page(results: dict[str, Any]) -> str:

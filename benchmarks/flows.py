@@ -30,8 +30,9 @@ from typing import Any
 import psutil
 import yaml
 
+from benchmarks.publication import show
 from flows.up import FOLDER as SERVICE
-from pipelines.cli import GrimaceError, run, whole_folder
+from pipelines.cli import GrimaceError, run
 
 # After the imports of ours, which set what Prefect reads from the environment.
 from prefect.client.orchestration import SyncPrefectClient, get_client  # isort: skip
@@ -76,14 +77,7 @@ def main() -> None:
         if "row" in args.parts:
             results["row"] = in_a_row(clones["flow"], client, args.runs)
     results["left"] = left_in(work)
-    print(page(results))
-    if args.publish:
-        from pipelines.report import machine
-
-        results["machine"] = machine()
-        with whole_folder(OUT) as out:
-            (out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
-            (out / "README.md").write_text(page(results))
+    show(results, page, OUT if args.publish else None)
     rmtree(work)
 
 
@@ -291,9 +285,7 @@ def page(results: dict[str, Any]) -> str:
     if row := results.get("row"):
         text += in_words(row)
     left = results["left"]
-    text += f"\nProcesses left when all was down: {len(left)}.\n"
-    facts = "".join(f"- {name}: {said}\n" for name, said in results.get("machine", {}).items())
-    return text + (f"\n## Where\n\n{facts}" if facts else "")
+    return text + f"\nProcesses left when all was down: {len(left)}.\n"
 
 
 def in_words(row: dict[str, Any]) -> str:

@@ -149,8 +149,10 @@ def train(job: Job, folder: Path, threads: int) -> None:
         return
     from pipelines.report import machine
 
-    facts = {"threads": threads, "machine": machine()}  # the commit that it starts with
     folder.mkdir(parents=True, exist_ok=True)
+    # Before the training, for the commit that it starts with, and so that none is without it.
+    facts = {"threads": threads, "machine": machine()}
+    (folder / "trained.json").write_text(json.dumps(facts, indent=2) + "\n")
     path = folder.with_suffix(".json")
     write_job(job, path)
     command = [sys.executable, "-m", "pipelines.fit", "--job", str(path), "--out", str(folder)]
@@ -161,7 +163,6 @@ def train(job: Job, folder: Path, threads: int) -> None:
     }
     if code := subprocess.run(command, env=environment, check=False).returncode:
         raise GrimaceError(f"`{' '.join(command)}` ended with code {code}: see above")
-    (folder / "trained.json").write_text(json.dumps(facts, indent=2) + "\n")
 
 
 def test_faces(task: TaskName, archive: Path | None, params: Params, **shape: Any) -> "Faces":

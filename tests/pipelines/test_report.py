@@ -146,6 +146,7 @@ def costs(copy) -> Path:
     rows = [
         {"command": "pipelines.train --job emotion-plain", "seconds": 99.0, "peak_mib": 10},
         {"command": "pipelines.exporters.tfjs /home/me/m.keras", "seconds": 5.0, "peak_mib": 30},
+        {"command": "pipelines.runtimes.probe /home/me/m.onnx", "seconds": 1.0, "peak_mib": 40},
         {"command": "pipelines.export --task emotion", "seconds": 7.0, "peak_mib": 20},
         {"command": "pipelines.train --job emotion-plain", "seconds": 55.0, "peak_mib": 50},
     ]
