@@ -36,7 +36,7 @@ from uuid import NAMESPACE_URL, uuid5
 from flows.lock import BusyError, alone
 from flows.retrain import TASKS, prefect_server, retrain
 from flows.supervise import Lifeline, supervise
-from pipelines import landing
+from pipelines import journal, landing
 from pipelines.cli import GrimaceError, run
 from pipelines.datasets import OWN
 from pipelines.params import Params, TaskName, load_params
@@ -126,12 +126,12 @@ def watch(trigger: Trigger = "event") -> State[Any]:
     params = load_params()
     seen = look(params)
     said = [str(seen)]
-    batches = landing.pending_batches()
+    batches = journal.pending_batches()
     with Lifeline() as lifeline:
         drifts = [measure(batch, params, lifeline) for batch in batches]
     said += [told for _, lines in drifts for told in lines]
     reasons = [reason for reason, _ in drifts if reason]
-    records = landing.pending_versions()
+    records = journal.pending_versions()
     learning = [name for name in TASKS if params.tasks.named(name).dataset == OWN]
     if records and not learning:
         said.append(f"no task learns from {OWN}: name it as dataset under `tasks` in params.yaml")
@@ -149,10 +149,10 @@ def watch(trigger: Trigger = "event") -> State[Any]:
         failed = settled and not state.is_completed()
     if settled or not learning:
         for record in records:
-            landing.told_of_version(record["version"])
+            journal.told_of_version(record["version"])
     if settled:
         for batch in batches:
-            landing.told_of_batch(batch)
+            journal.told_of_batch(batch)
     if seen.version or seen.batch or seen.quarantined or drifts or records:
         create_markdown_artifact(
             "\n".join(f"- {line}" for line in said),
@@ -210,7 +210,7 @@ def measure(batch: str, params: Params, lifeline: Lifeline) -> tuple[Reason | No
 def measure_task(batch: str, name: TaskName, out: Path, lifeline: Lifeline) -> str:
     """Run `pipelines.drift` for one task; return what went wrong, "" where nothing did."""
     logger = get_run_logger()
-    images = str(landing.UNLABELLED / batch)
+    images = str(journal.UNLABELLED / batch)
     outcome = supervise(
         [
             *(sys.executable, "-m", "pipelines.drift", "--task", name),

@@ -28,35 +28,39 @@ done twice, and the next look begins with it.
 
 import argparse
 import csv
-import fcntl
 import hashlib
 import json
 import os
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
 from shutil import copyfile, rmtree
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import cv2
-from pydantic import BaseModel
 from tqdm import tqdm
 
 from pipelines.cli import GrimaceError, run
 from pipelines.crops import UnreadableImageError, decode
 from pipelines.datasets import OWN, folder
 from pipelines.datasets.archive import Archive, open_archive, unpack
-from pipelines.download import ARCHIVES, REPORTS, folder_sum, places
-from pipelines.params import Params, Watch, edit_params, load_params
-
-VERSIONS = ARCHIVES / f"{OWN}-versions"
-UNLABELLED = Path("data/unlabelled")
-NEXT, READY = VERSIONS / ".next", VERSIONS / ".ready"
-JOURNAL = "journal.json"
-TABLE = "quarantine.csv"
-PENDING = ".pending"  # marks a version or batch that nobody was told of yet
+from pipelines.download import ARCHIVES, folder_sum, places
+from pipelines.journal import (
+    JOURNAL,
+    NEXT,
+    READY,
+    UNLABELLED,
+    VERSIONS,
+    DatasetBusyError,
+    Journal,
+    Landed,
+    Move,
+    Refused,
+    alone,
+    finish,
+)
+from pipelines.params import Params, Watch, load_params
 
 # What is tried as an archive; of those that are not read, `unpack` says what they are.
 _PACKED = (".zip", ".tar", ".tgz", ".tbz2", ".txz", ".gz", ".bz2", ".xz", ".rar", ".7z")
@@ -92,65 +96,6 @@ class Look(NamedTuple):
         return "; ".join([*said, *self.waiting]) or "nothing new has landed"
 
 
-class Landed(BaseModel):
-    """A file as it was seen; it may have been replaced since."""
-
-    path: Path
-    size: int
-    mtime_ns: int
-
-    def is_there(self) -> bool:
-        """Whether the same file still lies there."""
-        try:
-            stat = self.path.lstat()
-        except FileNotFoundError:
-            return False
-        return (stat.st_size, stat.st_mtime_ns) == (self.size, self.mtime_ns)
-
-
-class Move(BaseModel):
-    """A file to be moved; one from within `.ready` has no `landed`."""
-
-    source: Path
-    target: Path
-    landed: Landed | None = None
-
-
-class Refused(BaseModel):
-    """A row of quarantine.csv; without a picture of its own `sha256` is empty."""
-
-    file: str
-    reason: str
-    time: str
-    sha256: str
-
-
-class Journal(BaseModel):
-    """All that a look has decided.
-
-    Attributes:
-        batch: its name, from the time in UTC.
-        version: the new one, 0 where there is none; `base` and `archive` are what params.yaml
-            names before and after, `sha256` is the sum of the latter.
-        added: pictures new in the version.
-        unlabelled: pictures without labels.
-        moves: to the quarantine and to `data/unlabelled`.
-        removals: what was taken over and can go from the landing folders.
-        refused: rows for quarantine.csv.
-    """
-
-    batch: str
-    version: int = 0
-    base: str = ""
-    archive: str = ""
-    sha256: str = ""
-    added: int = 0
-    unlabelled: int = 0
-    moves: list[Move] = []
-    removals: list[Landed] = []
-    refused: list[Refused] = []
-
-
 class Base(NamedTuple):
     """The version to be continued: its name in params.yaml, and SHA-256 by file."""
 
@@ -176,10 +121,6 @@ class Intake(NamedTuple):
     wrong: Mapping[str, str]
 
 
-class BusyError(GrimaceError):
-    """DVC is at work on the dataset; the version can be published when it is done."""
-
-
 def main() -> None:
     """Look once, and say what was done."""
     parser = argparse.ArgumentParser(
@@ -200,7 +141,7 @@ def look(params: Params, now: float | None = None) -> Look:
         GrimaceError: another look is at work, the version to be continued is missing or was
             changed, or params.yaml names another one than when the look began.
     """
-    with _alone():
+    with alone():
         waiting: list[str] = []
         if not (READY / JOURNAL).exists():
             rmtree(READY, ignore_errors=True)
@@ -209,8 +150,8 @@ def look(params: Params, now: float | None = None) -> Look:
             return Look(waiting=tuple(waiting))
         journal = Journal.model_validate_json((READY / JOURNAL).read_text())
         try:
-            _finish(journal, params.watch)
-        except BusyError as error:
+            finish(journal, params.watch)
+        except DatasetBusyError as error:
             return Look(waiting=(*waiting, str(error)))
     return Look(
         version=journal.version,
@@ -220,48 +161,6 @@ def look(params: Params, now: float | None = None) -> Look:
         unlabelled=journal.unlabelled,
         waiting=tuple(waiting),
     )
-
-
-def pending_versions() -> list[dict[str, Any]]:
-    """Return the records of versions that nobody was told of yet, without their lists of files."""
-    records = [
-        json.loads(marker.with_suffix(".json").read_text())
-        for marker in sorted(VERSIONS.glob(f"*{PENDING}"))
-    ]
-    return [
-        {name: value for name, value in record.items() if name != "files"}
-        | {"added": len(record["added"])}
-        for record in records
-    ]
-
-
-def pending_batches() -> list[str]:
-    """Return the batches of pictures without labels that were not measured yet."""
-    return [marker.name.removesuffix(PENDING) for marker in sorted(UNLABELLED.glob(f"*{PENDING}"))]
-
-
-def told_of_version(number: int) -> None:
-    """Note that a version needs no more telling."""
-    (VERSIONS / f"{number:04d}{PENDING}").unlink(missing_ok=True)
-
-
-def told_of_batch(batch: str) -> None:
-    """Note that a batch was measured."""
-    (UNLABELLED / f"{batch}{PENDING}").unlink(missing_ok=True)
-
-
-@contextmanager
-def _alone() -> Iterator[None]:
-    """Keep other looks out; the operating system lets go when this process ends."""
-    VERSIONS.mkdir(parents=True, exist_ok=True)
-    with (VERSIONS / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise GrimaceError(
-                f"another look is at work in {VERSIONS}; wait until it is done"
-            ) from None
-        yield
 
 
 # What has landed
@@ -733,129 +632,6 @@ def _write(path: Path, content: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(content)
     path.chmod(0o444)
-
-
-# What is done about it
-
-
-def _finish(journal: Journal, settings: Watch) -> None:
-    """Do all that the journal says; each step may have been done before.
-
-    Raises:
-        BusyError: the version has to wait; the next look goes on.
-    """
-    if journal.version:
-        name = f"{journal.version:04d}"
-        for source, target in (("version", name), ("record.json", f"{name}.json")):
-            if (READY / source).exists():
-                (READY / source).rename(VERSIONS / target)
-    for move in journal.moves:
-        if move.landed is None or move.landed.is_there():
-            _move(move.source, move.target)
-    for landed in journal.removals:
-        if landed.is_there():
-            landed.path.unlink()
-    if journal.refused:
-        _list_refused(journal, settings.quarantine)
-    if journal.version:
-        _publish(journal)
-        (VERSIONS / f"{journal.version:04d}{PENDING}").touch()
-    if journal.unlabelled:
-        (UNLABELLED / f"{journal.batch}{PENDING}").touch()
-    for path in READY.iterdir():
-        if path.name != JOURNAL:
-            rmtree(path)
-    (READY / JOURNAL).unlink()
-    READY.rmdir()
-
-
-def _move(source: Path, target: Path) -> None:
-    """Move a file, to another file system too; one that is gone was moved before."""
-    if not (source.exists() or source.is_symlink()):
-        return
-    target.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        source.rename(target)
-    except OSError:  # another file system
-        draft = target.with_name(f".{target.name}.partial")
-        copyfile(source, draft, follow_symlinks=False)
-        draft.replace(target)
-        source.unlink()
-
-
-def _list_refused(journal: Journal, quarantine: Path) -> None:
-    """Add the journal's rows to quarantine.csv, in one step."""
-    path = quarantine / TABLE
-    rows: list[dict[str, str]] = []
-    if path.exists():
-        with path.open(newline="") as file:
-            rows = [row for row in csv.DictReader(file) if not _is_of(row, journal.batch)]
-    rows += [row.model_dump() for row in journal.refused]
-    quarantine.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{TABLE}.partial")
-    with draft.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(Refused.model_fields))
-        writer.writeheader()
-        writer.writerows(rows)
-    draft.replace(path)
-
-
-def _is_of(row: Mapping[str, str], batch: str) -> bool:
-    return row["file"].startswith(f"{batch}/")
-
-
-def _publish(journal: Journal) -> None:
-    """Have params.yaml name the version.
-
-    Raises:
-        BusyError: DVC is running `download` on the dataset; it would note what it took for made
-            from what params.yaml says when it ends.
-        GrimaceError: params.yaml names neither the version nor the one that it continues.
-    """
-    with _download_at_rest(journal.version):
-        named = load_params().download.folder.archive
-        if named == journal.archive:
-            return
-        if named != journal.base:
-            raise GrimaceError(
-                f"version {journal.version} continues {journal.base}, but params.yaml names {named}"
-                f" as download.folder.archive by now; set it to {journal.base} or "
-                f"{journal.archive}"
-            )
-
-        def change(text: Any) -> None:
-            from ruamel.yaml.comments import CommentedSeq
-
-            sums = CommentedSeq([journal.sha256])
-            sums.fa.set_flow_style()
-            text["download"][OWN]["archive"] = journal.archive
-            text["download"][OWN]["sha256"] = sums
-
-        edit_params(change)
-
-
-@contextmanager
-def _download_at_rest(version: int) -> Iterator[None]:
-    """Keep DVC from running `download@folder`, by its own locks; nothing to do without DVC."""
-    if not Path(".dvc").is_dir():
-        yield
-        return
-    from dvc.fs import localfs
-    from dvc.lock import LockError
-    from dvc.rwlock import rwlock
-
-    locks = Path(".dvc/tmp").absolute()
-    locks.mkdir(exist_ok=True)
-    written = (REPORTS / f"{OWN}.json").absolute()
-    lock = rwlock(str(locks), localfs, "pipelines.landing", [], [str(written)], hardlink=False)
-    with ExitStack() as held:
-        try:
-            held.enter_context(lock)
-        except LockError:
-            raise BusyError(
-                f"version {version} waits: DVC is running download@{OWN}, whose input it changes"
-            ) from None
-        yield
 
 
 def _once_ready(path: Path) -> Path:

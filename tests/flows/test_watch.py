@@ -29,7 +29,7 @@ from prefect.states import Cancelled, Failed
 
 from flows.lock import alone
 from flows.watch import DRIFT, NEW, Trigger, watch
-from pipelines import landing
+from pipelines import journal, landing
 from pipelines.datasets import synthetic
 from pipelines.datasets.table import write_examples
 from pipelines.params import load_params
@@ -73,8 +73,8 @@ def look(trigger: Trigger = "event") -> str:
 
 def events(name: str) -> list[dict[str, Any]]:
     """Events on the versions and batches of this workspace, once Prefect has stored them."""
-    own = {json.loads(path.read_text())["sha256"] for path in landing.VERSIONS.glob("0*.json")}
-    own |= {path.name for path in landing.UNLABELLED.glob("2*")}
+    own = {json.loads(path.read_text())["sha256"] for path in journal.VERSIONS.glob("0*.json")}
+    own |= {path.name for path in journal.UNLABELLED.glob("2*")}
     assert own
     last = Event(event="test.last", resource=Resource({"prefect.resource.id": "test"}))
     with get_client(sync_client=True) as client:
@@ -219,7 +219,7 @@ def test_drift_of_pictures_without_labels_is_one_event_a_batch() -> None:
         dark = cv2.imencode(".png", (image * 0.3).astype(np.uint8))[1].tobytes()
         drop(f"{number}.png", dark, UNLABELLED)
     said = look()
-    (batch,) = [path.name for path in landing.UNLABELLED.iterdir()]
+    (batch,) = [path.name for path in journal.UNLABELLED.iterdir()]
     assert f"30 pictures without labels in data/unlabelled/{batch}" in said
     assert "drift for emotion could not be measured: data/clean/folder or" in said
     (event,) = events(DRIFT)

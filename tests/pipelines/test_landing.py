@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import yaml
 
-from pipelines import datasets, landing
+from pipelines import datasets, journal, landing
 from pipelines.cli import GrimaceError
 from pipelines.datasets.archive import open_archive
 from pipelines.download import check_sum, find_or_fetch
@@ -364,7 +364,7 @@ def test_pictures_without_labels_wait_until_there_are_enough() -> None:
     drop("night.zip", zipped({"3.png": picture(3), "4.png": picture(4)}), UNLABELLED)
     seen = again()
     assert seen.unlabelled == 4
-    assert landing.pending_batches() == [seen.batch]
+    assert journal.pending_batches() == [seen.batch]
     kept = Path("data/unlabelled", seen.batch)
     assert sorted(str(path.relative_to(kept)) for path in kept.rglob("*.png")) == [
         "day/1.png" if (kept / "day/1.png").exists() else "day/copy.png",
@@ -373,14 +373,14 @@ def test_pictures_without_labels_wait_until_there_are_enough() -> None:
         "night.zip!/4.png",
     ]
     assert not [path for path in UNLABELLED.rglob("*") if path.is_file()]
-    landing.told_of_batch(seen.batch)
-    assert landing.pending_batches() == []
-    assert landing.pending_versions() == []
+    journal.told_of_batch(seen.batch)
+    assert journal.pending_batches() == []
+    assert journal.pending_versions() == []
 
 
 def test_one_look_at_a_time_and_no_version_under_the_feet_of_dvc() -> None:
     drop("happy/1.png", picture(1))
-    with landing._alone(), pytest.raises(GrimaceError, match="another look is at work"):
+    with journal.alone(), pytest.raises(GrimaceError, match="another look is at work"):
         look()
     locks = Path(".dvc/tmp")
     locks.mkdir(parents=True)
@@ -404,7 +404,7 @@ import json, os, signal, sys, time
 from itertools import count
 from pathlib import Path
 import ruamel.yaml
-from pipelines import landing
+from pipelines import journal, landing
 from pipelines.params import load_params
 sys.path.insert(0, {tests!r})
 from test_landing import LABELLED, UNLABELLED, drop, picture, table, zipped, POINTS
@@ -487,8 +487,8 @@ def test_killed_at_any_moment_nothing_is_lost_or_taken_twice() -> None:
         assert len(list(Path("data/quarantine").rglob("landmarks.csv"))) == 1
         assert landed() == [] and not list(UNLABELLED.rglob("*.png"))
         assert len(list(Path("data/unlabelled").rglob("*.png"))) == 3
-        assert [record["version"] for record in landing.pending_versions()] == [1]
-        assert len(landing.pending_batches()) == 1
+        assert [record["version"] for record in journal.pending_versions()] == [1]
+        assert len(journal.pending_batches()) == 1
         versions = {path.name for path in Path("data/archives/folder-versions").iterdir()}
         assert versions == {".lock", "0001", "0001.json", "0001.pending"}
         os.chdir("..")
