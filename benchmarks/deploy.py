@@ -241,7 +241,7 @@ def measure(
 
 
 def _figures(task: TaskName, faces: Any, outputs: np.ndarray) -> dict[str, np.ndarray]:
-    from pipelines.evaluate import landmark_errors
+    from pipelines.measures import landmark_errors
 
     if task == "emotion":
         return {FIGURES[task][0]: (outputs.argmax(1) == faces.emotions).astype(float)}

@@ -40,7 +40,7 @@ from pipelines.cli import GrimaceError, run, whole_folder
 from pipelines.params import Evaluate, TaskName, TrainJob, load_params
 
 if TYPE_CHECKING:
-    from pipelines.evaluate import Faces
+    from pipelines.heldout import Faces
 
 DATASET, JOB = "fer2013", "emotion-plain"
 TASK: TaskName = "emotion"
@@ -319,7 +319,7 @@ def _data_version(shards: Path) -> str:
 @cache
 def test_faces(work: Path) -> "Faces":
     """Load every readable PrivateTest face, cropped as in deployment."""
-    from pipelines.evaluate import faces_of_side
+    from pipelines.heldout import faces_of_side
 
     params = load_params()
     task = params.tasks.emotion.model_copy(update={"dataset": DATASET})
@@ -433,7 +433,7 @@ def estimate(values: np.ndarray, groups: np.ndarray, settings: Evaluate) -> dict
     Returns:
         mean, and ci95 = [low, high].
     """
-    from pipelines.evaluate import bootstrap_weights
+    from pipelines.measures import bootstrap_weights
 
     rng = np.random.default_rng(settings.seed)
     seeds, drawn = len(values), []

@@ -41,7 +41,7 @@ from pipelines.job import Job, plain, read_job, write_job
 from pipelines.params import Evaluate, Params, TaskName, Train, TrainJob, load_params
 
 if TYPE_CHECKING:
-    from pipelines.evaluate import Faces
+    from pipelines.heldout import Faces
 
 JOBS = Path("benchmarks/scores.yaml")
 OUT = Path("docs/results/scores")
@@ -167,7 +167,7 @@ def train(job: Job, folder: Path, threads: int) -> None:
 
 def test_faces(task: TaskName, archive: Path | None, params: Params, **shape: Any) -> "Faces":
     """Read the test side of an archive (None: of drawn faces); `shape` changes the task's crop."""
-    from pipelines.evaluate import faces_of_archive
+    from pipelines.heldout import faces_of_archive
 
     settings = params.tasks.named(task)
     shaped = settings.model_copy(update=shape)
@@ -190,7 +190,7 @@ def answers_of(folder: Path, faces: "Faces") -> Answers:
 
 
 def _kept(faces: "Faces", outputs: np.ndarray) -> np.ndarray:
-    from pipelines.evaluate import landmark_errors
+    from pipelines.measures import landmark_errors
 
     if faces.emotions is not None:
         return outputs.astype(np.float16)
@@ -199,7 +199,8 @@ def _kept(faces: "Faces", outputs: np.ndarray) -> np.ndarray:
 
 def _facts(name: str, job: Job, folder: Path) -> dict[str, Any]:
     """Say what was trained, for how long and on what."""
-    from pipelines.evaluate import DECIDES, costs_of
+    from pipelines.evaluate import costs_of
+    from pipelines.measures import DECIDES
     from pipelines.schedules import best_epoch
 
     history = pd.read_csv(folder / "history.csv")

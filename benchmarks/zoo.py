@@ -29,9 +29,9 @@ from pipelines import bundles
 from pipelines.bundles import golden
 from pipelines.cli import GrimaceError, run, whole_folder
 from pipelines.datasets import synthetic
-from pipelines.evaluate import crop_all
 from pipelines.exporters import tensorrt, tfjs, tflite
 from pipelines.exporters.quantisation import Calibration
+from pipelines.heldout import crop_all
 from pipelines.params import Task, TaskName
 from pipelines.report import machine, markdown
 from pipelines.runtimes import load

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipelines import datasets
-from pipelines.evaluate import DECIDES
+from pipelines.measures import DECIDES
 from pipelines.params import TaskName
 from pipelines.report import markdown
 

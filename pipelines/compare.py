@@ -30,17 +30,9 @@ from models.metrics import ced_curve, confusion
 from models.schemes import EMOTIONS
 from pipelines import tracking
 from pipelines.cli import GrimaceError, run
-from pipelines.evaluate import (
-    DECIDES,
-    Faces,
-    by_slice,
-    costs_of,
-    faces_of_shards,
-    faces_of_side,
-    landmark_errors,
-    measure,
-    with_traits,
-)
+from pipelines.evaluate import costs_of
+from pipelines.heldout import Faces, faces_of_shards, faces_of_side, with_traits
+from pipelines.measures import DECIDES, by_slice, landmark_errors, measure
 from pipelines.params import Evaluate, Params, TaskName, load_params
 from pipelines.report import machine
 from pipelines.select import lead

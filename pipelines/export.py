@@ -16,9 +16,10 @@ import numpy as np
 from pipelines import bundles, tracking
 from pipelines.bundles import card, golden, sbom
 from pipelines.cli import run, whole_folder
-from pipelines.evaluate import Faces, faces_of_side, landmark_errors
 from pipelines.exporters import tensorrt, tfjs, tflite
 from pipelines.exporters.quantisation import Calibration
+from pipelines.heldout import Faces, faces_of_side
+from pipelines.measures import landmark_errors
 from pipelines.params import Export, Params, TaskName, load_params
 from pipelines.runtimes import load
 from pipelines.shards import read_meta

@@ -30,15 +30,8 @@ import pandas as pd
 from pipelines import registry
 from pipelines.cli import GrimaceError, run, whole_folder
 from pipelines.compare import holm, sign_flip
-from pipelines.evaluate import (
-    DECIDES,
-    Faces,
-    bootstrap_weights,
-    faces_of_side,
-    landmark_errors,
-    measure,
-    with_traits,
-)
+from pipelines.heldout import Faces, faces_of_side, with_traits
+from pipelines.measures import DECIDES, bootstrap_weights, landmark_errors, measure
 from pipelines.params import (
     Evaluate,
     GateTask,

@@ -17,7 +17,7 @@ from typing import Any
 from pipelines import lineage, registry, tracking
 from pipelines.card import Facts, card
 from pipelines.cli import GrimaceError, run
-from pipelines.evaluate import DECIDES
+from pipelines.measures import DECIDES
 from pipelines.params import Params, TaskName, load_params
 
 WORST_SLICES = 6  # on the version's page, which is short; the file has them all

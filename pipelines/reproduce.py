@@ -20,7 +20,7 @@ import yaml
 
 from pipelines import lineage, registry
 from pipelines.cli import GrimaceError, run
-from pipelines.evaluate import DECIDES
+from pipelines.measures import DECIDES
 from pipelines.params import TaskName, load_params
 
 

@@ -17,7 +17,8 @@ import pandas as pd
 from models.metrics import confusion, emotion_metrics
 from models.schemes import EMOTIONS
 from pipelines.cli import GrimaceError, run
-from pipelines.evaluate import Faces, bootstrap_weights, faces_of_shards, landmark_errors
+from pipelines.heldout import Faces, faces_of_shards
+from pipelines.measures import bootstrap_weights, landmark_errors
 from pipelines.params import Evaluate, SelectTask, load_params
 
 

@@ -20,19 +20,12 @@ import numpy as np
 from pipelines import bundles, tracking
 from pipelines.bundles import golden
 from pipelines.cli import GrimaceError, run, whole_folder
-from pipelines.evaluate import (
-    DECIDES,
-    Faces,
-    bootstrap_weights,
-    faces_of_side,
-    headline,
-    landmark_errors,
-    measure,
-    save_predictions,
-    write_plots,
-)
+from pipelines.evaluate import save_predictions
+from pipelines.heldout import Faces, faces_of_side
+from pipelines.measures import DECIDES, bootstrap_weights, headline, landmark_errors, measure
 from pipelines.pages.verification import write_verification
 from pipelines.params import Evaluate, Params, TaskName, load_params
+from pipelines.plots import write_plots
 from pipelines.registry import bytes_of
 from pipelines.runtimes import UnavailableError, load, most_threads
 from pipelines.runtimes.javascript import one_browser

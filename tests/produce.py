@@ -21,7 +21,9 @@ from models.schemes import EMOTIONS
 from pipelines import registry
 from pipelines.datasets.example import Example
 from pipelines.datasets.table import write_examples
-from pipelines.evaluate import by_slice, faces_of_side, measure, save_predictions, with_traits
+from pipelines.evaluate import save_predictions
+from pipelines.heldout import faces_of_side, with_traits
+from pipelines.measures import by_slice, measure
 from pipelines.params import load_params
 from pipelines.slices import COLUMNS
 

@@ -19,7 +19,7 @@ COUNT, SEED = 4, 20
 def draw(task: Any, name: Any) -> np.ndarray:
     """Return uint8 (4, S, S, C), drawn faces cropped as a task takes them."""
     from pipelines.datasets import synthetic
-    from pipelines.evaluate import crop_all
+    from pipelines.heldout import crop_all
 
     return crop_all(synthetic.examples(COUNT, SEED), name, task).images
 

@@ -14,7 +14,7 @@ from benchmarks import others, scores
 from models.schemes import EMOTIONS
 from pipelines.cli import GrimaceError
 from pipelines.datasets import synthetic
-from pipelines.evaluate import Faces
+from pipelines.heldout import Faces
 from pipelines.params import load_params
 
 ROOT = Path(__file__).parents[2]

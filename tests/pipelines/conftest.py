@@ -24,7 +24,7 @@ from pipelines.datasets.table import write_examples
 from pipelines.params import Params, load_params
 
 if TYPE_CHECKING:
-    from pipelines.evaluate import Faces
+    from pipelines.heldout import Faces
 
 ROOT = Path(__file__).parents[2]
 TASKS = ("emotion", "landmarks")
@@ -52,7 +52,8 @@ class World:
 @pytest.fixture(scope="session")
 def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     """Data on three sides, shards, and of each task a weak model "plain", a better "compact"."""
-    from pipelines import augment, evaluate
+    from pipelines import augment
+    from pipelines.heldout import crop_all
     from pipelines.split import make_index
     from pipelines.views import Recipe
 
@@ -82,7 +83,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
             settings = params.tasks.named(task), params.augment.named(task)
             augment.write_shards(Recipe(task, *settings, seed=1), index, shards, workers=1)
         for task in TASKS:
-            crops = evaluate.crop_all(faces, task, params.tasks.named(task))
+            crops = crop_all(faces, task, params.tasks.named(task))
             for model, ridge in (("plain", 1e9), ("compact", 5.0)):
                 path = Path("runs", task, model, "model.keras")
                 path.parent.mkdir(parents=True)

@@ -12,7 +12,8 @@ from models.schemes import EMOTIONS
 from pipelines import compare, evaluate
 from pipelines.cli import GrimaceError
 from pipelines.compare import Answers, holm, mcnemar, names_of, sign_flip
-from pipelines.evaluate import Faces, bootstrap_weights
+from pipelines.heldout import Faces
+from pipelines.measures import bootstrap_weights
 from pipelines.params import Evaluate
 from pipelines.split import side_of
 

@@ -8,7 +8,6 @@ import subprocess
 import sys
 import zipfile
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +25,6 @@ from pipelines.cli import GrimaceError, run
 from pipelines.datasets import examples, synthetic
 from pipelines.datasets.archive import open_archive
 from pipelines.datasets.table import write_examples
-from pipelines.evaluate import Faces, measure
 from pipelines.params import load_params
 from pipelines.split import side_of
 
@@ -537,33 +535,6 @@ def test_landmark_figures_by_slice(score, tmp_path, frames):
     assert sum(row["n"] for row in found["slices"]["yaw"].values()) <= 36
 
 
-def test_the_mean_over_yaw_bins_weighs_each_bin_alike():
-    rng = np.random.default_rng(12)
-    truth = rng.random((60, 68, 2)).astype(np.float32)
-    yaw = np.array([10] * 40 + [-50] * 15 + [80] * 5)
-    off = np.where(yaw == 80, 0.3, np.where(yaw == -50, 0.1, 0.02))[:, None, None]
-    ids = np.arange(60).astype(str)
-    columns = {"class": "unlabelled", "brightness": np.nan, "face_size": 50.0, "source": "aflw2k3d"}
-    traits = pd.DataFrame({"yaw": yaw}).assign(**columns)
-    images = np.zeros((60, 2, 2, 1), np.uint8)
-    visible = np.ones((60, 68), bool)
-    faces = Faces(ids, ids, images, None, truth, visible, {}, traits)
-    found = evaluate.by_slice(faces, truth + off, SETTINGS)
-    bins = found["slices"]["yaw"]
-    assert [(name, row["n"]) for name, row in bins.items()] == [
-        *(("0-30", 40), ("30-60", 15), ("60-90", 5))
-    ]
-    assert bins["60-90"]["ci95"] is None
-    boxes = [row["nme_box"] for row in bins.values()]
-    assert boxes == pytest.approx([0.02 * 2**0.5, 0.1 * 2**0.5, 0.3 * 2**0.5], rel=0.1)
-    assert found["nme_box_yaw_mean"] == pytest.approx(sum(boxes) / 3)
-    assert found["nme_box_yaw_mean"] > 2 * evaluate.measure(faces, truth + off, SETTINGS)["nme_box"]
-    frontal = evaluate.by_slice(
-        Faces(ids, ids, images, None, truth, visible, {}, traits.assign(yaw=5.0)), truth, SETTINGS
-    )
-    assert "nme_box_yaw_mean" not in frontal
-
-
 # The same model in every runtime
 
 
@@ -698,57 +669,6 @@ def test_from_the_shell(reader, tmp_path):
     assert line.startswith("error: no.zip is missing")
 
 
-# Intervals
-
-
-def emotion_faces(truth: np.ndarray, groups: np.ndarray | None = None) -> Faces:
-    ids = np.array([f"id-{number}" for number in range(len(truth))])
-    images = np.zeros((len(truth), 2, 2, 1), np.uint8)
-    return Faces(ids, ids if groups is None else groups, images, truth, None, None, {})
-
-
-def answers(rng: np.random.Generator, truth: np.ndarray, accuracy: float) -> np.ndarray:
-    wrong = (truth + rng.integers(1, 7, len(truth))) % 7
-    return np.eye(7)[np.where(rng.random(len(truth)) < accuracy, truth, wrong)]
-
-
-def test_interval_of_independent_faces_is_the_textbook_one():
-    rng = np.random.default_rng(0)
-    truth = rng.integers(0, 7, 900)
-    scores = measure(emotion_faces(truth), answers(rng, truth, 0.7), SETTINGS)
-    share = scores["accuracy"]
-    half = 1.96 * np.sqrt(share * (1 - share) / 900)
-    low, high = scores["ci95"]["accuracy"]
-    assert (share - low, high - share) == pytest.approx((half, half), rel=0.12)
-
-
-def test_intervals_are_seeded():
-    rng = np.random.default_rng(1)
-    truth = rng.integers(0, 7, 60)
-    outputs = answers(rng, truth, 0.5)
-    first, again = (measure(emotion_faces(truth), outputs, SETTINGS) for _ in range(2))
-    other = measure(
-        emotion_faces(truth), outputs, SETTINGS.model_copy(update={"seed": SETTINGS.seed + 1})
-    )
-    assert first == again
-    assert other["accuracy"] == first["accuracy"]
-    assert other["ci95"] != first["ci95"]
-
-
-def test_people_are_drawn_not_pictures():
-    rng = np.random.default_rng(2)
-    truth = rng.integers(0, 7, 30)
-    outputs = answers(rng, truth, 0.6)
-    people = np.array([f"person-{number}" for number in range(30)])
-    once = measure(emotion_faces(truth, people), outputs, SETTINGS)["ci95"]["accuracy"]
-    nine = np.repeat(np.arange(30), 9)
-    by_person = measure(emotion_faces(truth[nine], people[nine]), outputs[nine], SETTINGS)
-    by_picture = measure(emotion_faces(truth[nine]), outputs[nine], SETTINGS)
-    assert by_person["ci95"]["accuracy"] == pytest.approx(once)
-    width = np.ptp(by_picture["ci95"]["accuracy"])
-    assert width == pytest.approx(np.ptp(once) / 3, rel=0.25)
-
-
 # Plots
 
 
@@ -798,19 +718,6 @@ def test_landmark_plots(score, tmp_path, frames):
 def is_picture(path: Path) -> bool:
     with Image.open(path) as image:
         return min(image.size) > 100 and len(set(image.convert("L").getdata())) > 10
-
-
-def test_gallery_shows_the_worst_first(monkeypatch, tmp_path):
-    shown = []
-    monkeypatch.setattr(evaluate, "contact_sheet", lambda *given, **_: shown.append(given))
-    truth = np.zeros(5, int)
-    outputs = np.full((5, 7), 0.01)
-    outputs[:, 0] = [0.9, 0.1, 0.5, 0.2, 0.7]
-    settings = SETTINGS.model_copy(update={"gallery": 3})
-    evaluate.write_plots(emotion_faces(truth), outputs, settings, tmp_path, "title")
-    ((images, captions, _, _),) = shown
-    assert [caption.splitlines()[1] for caption in captions] == ["id-1", "id-3", "id-2"]
-    assert len(images) == 3
 
 
 # Within the graph
@@ -863,30 +770,6 @@ def test_a_job_is_measured_on_validation_only(evaluated):
         assert logged["size_mib"] == pytest.approx(path.stat().st_size / 2**20)
         files = mlflow.MlflowClient().list_artifacts(run.info.run_id, "validation")
     assert "validation/scores.json" in [file.path for file in files]
-
-
-@pytest.mark.parametrize(
-    ("side", "limit", "expected"),
-    [("train", None, [0, 4, 6, 8]), ("train", 2, [0, 8]), ("val", None, [1, 5]), ("test", 1, [3])],
-)
-def test_a_side_is_what_training_heeds_and_all_that_is_held_out(
-    side, limit, expected, tmp_path, monkeypatch
-):
-    """Nothing that left the split is on it, nor is int8 calibrated on what is not trained on."""
-    monkeypatch.chdir(tmp_path)
-    sides = ["train", "val", "train", "test", "train", "val", "train", "test", "train", "out"]
-    weights = [1, 0, 0, 1, 0.5, 1, 1, 0, 1, 1]
-    faces = [
-        replace(face, weight=weight)
-        for face, weight in zip(synthetic.examples(10, 5), weights, strict=True)
-    ]
-    for folder in ("clean", "split"):
-        Path("data", folder, "synthetic").mkdir(parents=True)
-    write_examples(faces, Path("data/clean/synthetic"))
-    index = pd.DataFrame({"id": [face.id for face in faces], "split": sides})
-    index.to_parquet("data/split/synthetic/index.parquet")
-    found = evaluate.faces_of_side("emotion", PARAMS.tasks.emotion, side, limit)
-    assert found.ids.tolist() == [faces[number].id for number in expected]
 
 
 def test_an_unknown_job_names_the_known_ones(world):

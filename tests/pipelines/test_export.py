@@ -10,7 +10,7 @@ import pytest
 from models.schemes import EMOTIONS, IBUG_68
 from pipelines import bundles, export
 from pipelines.bundles import golden
-from pipelines.evaluate import faces_of_side
+from pipelines.heldout import faces_of_side
 from pipelines.runtimes import load
 from pipelines.tracking import sha256
 

@@ -14,8 +14,8 @@ import yaml
 from models.schemes import EMOTIONS
 from pipelines import gate
 from pipelines.cli import GrimaceError
-from pipelines.evaluate import Faces
 from pipelines.gate import Candidate, Champion
+from pipelines.heldout import Faces
 from pipelines.params import Override, Params, load_params
 
 ROOT = Path(__file__).parents[2]

@@ -13,7 +13,7 @@ import yaml
 
 from pipelines import gate, register, registry
 from pipelines.cli import GrimaceError
-from pipelines.evaluate import faces_of_side
+from pipelines.heldout import faces_of_side
 from pipelines.registry import Registry
 
 

@@ -8,7 +8,8 @@ import pytest
 
 from pipelines import select
 from pipelines.cli import GrimaceError
-from pipelines.evaluate import Faces, bootstrap_weights
+from pipelines.heldout import Faces
+from pipelines.measures import bootstrap_weights
 from pipelines.params import Evaluate, SelectTask
 from pipelines.split import side_of
 

@@ -12,7 +12,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from pipelines import bundles, verify
 from pipelines.cli import GrimaceError
-from pipelines.evaluate import crop_all
+from pipelines.heldout import crop_all
 from pipelines.runtimes import javascript, load
 from pipelines.split import side_of
 from pipelines.tracking import sha256

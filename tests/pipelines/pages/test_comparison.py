@@ -8,7 +8,7 @@ import pytest
 
 from models.schemes import EMOTIONS
 from pipelines.compare import Answers, compare
-from pipelines.evaluate import Faces
+from pipelines.heldout import Faces
 from pipelines.pages.comparison import write_comparison
 from pipelines.params import Evaluate
 
