@@ -92,6 +92,7 @@ def test_every_model_is_on_a_page_of_comparison(workspace, first_run):
         found = json.loads((workspace / f"reports/compare/{task}.json").read_text())
         assert {row["name"] for row in found["models"]} == models
         assert {row["answers"] for row in found["models"]} == {"saved by evaluate"}
+        assert all(row["latency"]["p50_ms"] > 0 for row in found["models"])
         assert "tflite/int8" in {row["name"] for row in found["deployables"]["rows"]}
         assert "Deployables" in page
 
