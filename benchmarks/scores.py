@@ -37,7 +37,7 @@ from benchmarks import others
 from benchmarks.filtering import estimate
 from pipelines.averaging import PASSES
 from pipelines.cli import GrimaceError, run
-from pipelines.job import Job, plain, read_job, write_job
+from pipelines.job import Job, Teacher, plain, read_job, write_job
 from pipelines.params import Evaluate, Params, TaskName, Train, TrainJob, load_params
 
 if TYPE_CHECKING:
@@ -54,16 +54,14 @@ def main() -> None:
     """Train what is missing, let it answer on the test side, and write the page."""
     args = _arguments()
     params = load_params()
-    jobs = {
-        (name, seed): _job(name, seed, args.task, params)
-        for seed in args.seeds  # in turn, so that networks can be compared as early as possible
-        for name in args.jobs or _names(args.task)
-    }
     out = args.out / args.task
-    missing = {key: job for key, job in jobs.items() if not _is_done(key, job, out)}
-    for (name, seed), job in (progress := tqdm(missing.items(), unit="training")):
+    missing = {}
+    for name, seed in (progress := tqdm(_in_turn(args), unit="training")):
         progress.set_description(f"{name}, seed {seed}")
-        train(job, args.work / f"{name}-{seed}", args.threads)
+        job = _job(name, seed, args.task, params, args.work)
+        if not _is_done((name, seed), job, out):
+            train(job, args.work / f"{name}-{seed}", args.threads)
+            missing[name, seed] = job
     if args.train_only:
         return
     for (name, seed), job in missing.items():
@@ -101,26 +99,43 @@ def _arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _names(task: TaskName) -> list[str]:
-    return [name for name, job in _jobs().items() if job.task == task]
+def _in_turn(args: argparse.Namespace) -> list[tuple[str, int]]:
+    """Return what is to be trained: students last, and networks in turn, to compare them early."""
+    names = args.jobs or [name for name, job in _jobs().items() if job.task == args.task]
+    pairs = [(name, seed) for seed in args.seeds for name in names]
+    return sorted(pairs, key=lambda pair: pair[0] in _teachers())
+
+
+def _listed() -> dict[str, Any]:
+    listed: dict[str, Any] = yaml.safe_load(JOBS.read_text())
+    return listed
 
 
 def _jobs() -> dict[str, TrainJob]:
-    others = Train.model_validate({"jobs": yaml.safe_load(JOBS.read_text())})
-    return load_params().train.jobs | others.jobs
+    """Return all jobs, without the teachers that are trainings of this benchmark."""
+    fields = _listed()["jobs"]
+    alone = {name: {**job, "teachers": ()} for name, job in fields.items()}
+    return load_params().train.jobs | Train.model_validate({"jobs": alone}).jobs
 
 
-def _job(name: str, seed: int, task: TaskName, params: Params) -> Job:
+def _teachers() -> dict[str, dict[str, list[int]]]:
+    """Return by student its teachers and their seeds."""
+    return {name: job["teachers"] for name, job in _listed()["jobs"].items() if "teachers" in job}
+
+
+def _job(name: str, seed: int, task: TaskName, params: Params, work: Path) -> Job:
     """Return a job as it stands alone, on the graph's shards.
 
     Raises:
-        GrimaceError: there is no such job; or the graph has drawn faces, or none yet.
+        GrimaceError: there is no such job; the graph has drawn faces, or none yet; or a teacher
+            was not trained.
     """
     from pipelines import tracking
 
     jobs = _jobs()
     if name not in jobs or jobs[name].task != task:
-        raise GrimaceError(f"no job {name!r} for {task}; there are {', '.join(_names(task))}")
+        known = ", ".join(known for known, job in jobs.items() if job.task == task)
+        raise GrimaceError(f"no job {name!r} for {task}; there are {known}")
     shards, dataset = Path("data/augment", task), params.tasks.named(task).dataset
     made = json.loads((shards / "meta.json").read_text()) if shards.exists() else {}
     if dataset == "synthetic" or made.get("dataset") != dataset:
@@ -129,7 +144,18 @@ def _job(name: str, seed: int, task: TaskName, params: Params) -> Job:
             f"{dataset}: prepare real faces by the first command of `--help`"
         )
     job = jobs[name].resolved(dataset, tracking.data_version(shards))
-    return replace(job, seed=seed)
+    taught_by = [
+        work / f"{teacher}-{seed}" / "model.keras"
+        for teacher, seeds in _teachers().get(name, {}).items()
+        for seed in seeds
+    ]
+    if untrained := [path.parent.name for path in taught_by if not path.exists()]:
+        raise GrimaceError(
+            f"{name} has teachers that are not trained yet: {', '.join(untrained)}; name their "
+            "jobs under --jobs first, with these seeds"
+        )
+    teachers = tuple(Teacher(str(path), tracking.sha256(path)) for path in taught_by)
+    return replace(job, seed=seed, teachers=teachers)
 
 
 def _is_done(key: tuple[str, int], job: Job, out: Path) -> bool:
@@ -262,7 +288,8 @@ def collect(task: TaskName, out: Path, settings: Evaluate) -> dict[str, Any]:
     Returns:
         Ready for JSON: `faces`, and `rows`, one a network or package: name, its trainings, and
         figures by way of averaging, each with mean and 95 % interval; the same of the ensemble of
-        its seeds, where there are several.
+        its seeds, where there are several; and `ensembles`, those that benchmarks/scores.yaml lists
+        and whose members have all answered.
 
     Raises:
         GrimaceError: they answered on different faces.
@@ -286,17 +313,29 @@ def collect(task: TaskName, out: Path, settings: Evaluate) -> dict[str, Any]:
             if how in given[0]
         }
         if task == "emotion" and len(given) > 1:
-            row["ensemble"] = {
-                how: figures(
-                    task,
-                    [np.mean([each[how].astype(np.float32) for each in given], 0)],
-                    given[0],
-                    settings,
-                )
-                for how in row["test"]
-            }
+            row["ensemble"] = ensemble(given, settings)
         rows.append(row)
-    return {"task": task, "faces": len(next(iter(ids))) if ids else 0, "rows": rows}
+    several = {}
+    for title, members in (_listed().get("ensembles", {}) if task == "emotion" else {}).items():
+        given = [answers[row["stem"]] for row in found if row["name"] in members]
+        if set(members) <= {row["name"] for row in found}:
+            several[title] = {"members": members, "of": len(given)} | ensemble(given, settings)
+    faces = len(next(iter(ids))) if ids else 0
+    return {"task": task, "faces": faces, "rows": rows, "ensembles": several}
+
+
+def ensemble(given: list[Answers], settings: Evaluate) -> dict[str, Any]:
+    """Return the figures of averaged probabilities, by way of averaging over crops."""
+    return {
+        how: figures(
+            "emotion",
+            [np.mean([each[how].astype(np.float32) for each in given], 0)],
+            given[0],
+            settings,
+        )
+        for how in PASSES
+        if how in given[0]
+    }
 
 
 def _answered(out: Path) -> list[Path]:
@@ -359,6 +398,10 @@ def page(results: dict[str, Any], task: TaskName) -> str:
             cells = (_cell(row["ensemble"].get(how), name) for how in PASSES for name in names)
             ensembles.append((f"{row['name']}, {len(runs)} seeds", *cells))
         each += [_training(run, names) for run in runs if run["job"]]
+    for title, found in results["ensembles"].items():
+        cells = (_cell(found.get(how), name) for how in PASSES for name in names)
+        whom = f"{title}: {' and '.join(found['members'])}, {found['of']} models"
+        ensembles.append((whom, *cells))
     notes = "".join(
         f"- *{row['name']}*: {run['note']}\n"
         for row in results["rows"]

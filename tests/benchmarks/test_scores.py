@@ -1,3 +1,4 @@
+import hashlib
 import json
 import sys
 from pathlib import Path
@@ -71,6 +72,25 @@ def test_seeds_are_averaged_and_their_ensemble_stands_apart(tmp_path: Path) -> N
     assert Image.open(tmp_path / "scores.png").width > 300
 
 
+def test_listed_ensembles_wait_for_all_members(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "scores.yaml").write_text(
+        yaml.safe_dump({"jobs": {}, "ensembles": {"both": ["a", "b"], "more": ["a", "c"]}})
+    )
+    monkeypatch.setattr(scores, "JOBS", tmp_path / "scores.yaml")
+    asked = faces()
+    truth, wrong = asked.emotions, (asked.emotions + 1) % 7
+    half = np.arange(60) % 2 == 0
+    for name, right in (("a", half), ("b", ~half)):  # each sure where it is right, else not
+        sure = np.eye(7)[np.where(right, truth, wrong)] * np.where(right, 0.9, 0.6)[:, None]
+        scores.save(tmp_path, f"{name}-1", {"none": sure}, asked, facts(name, 1))
+    found = scores.collect("emotion", tmp_path, SETTINGS)
+    assert list(found["ensembles"]) == ["both"]
+    assert found["ensembles"]["both"]["none"]["accuracy"]["mean"] == 1
+    assert "| both: a and b, 2 models | 100.00% (" in scores.page(found, "emotion")
+
+
 def test_landmark_errors_that_are_not_defined_do_not_count(tmp_path: Path) -> None:
     asked = faces(4)
     errors = np.array([[0.04, 0.03], [0.06, 0.05], [np.nan, np.nan], [0.08, 0.07]], np.float32)
@@ -129,16 +149,26 @@ def test_a_job_is_trained_once_and_answers_on_the_archives_test_side(
     meta |= {"margin": 0.05, "policy": "V4", "counts": {"train": 24, "val": 8}}
     (shards / "meta.json").write_text(json.dumps(meta | {"classes": EMOTIONS}))
     (tmp_path / "benchmarks").mkdir()
-    (tmp_path / scores.JOBS).write_text("{}")
+    listed = {"emotion-taught": job | {"model": "taught", "widths": [4], "epochs": 1, "batch": 8}}
+    listed["emotion-taught"] |= {"network": "residual", "teachers": {"emotion-compact": [1]}}
+    (tmp_path / scores.JOBS).write_text(yaml.safe_dump({"jobs": listed}))
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     command = ["scores", "--task", "emotion", "--archive", "fer", "--seeds", "1", "--threads", "1"]
-    command += ["--jobs", "emotion-compact"]
+    monkeypatch.setattr(sys, "argv", [*command, "--jobs", "emotion-taught"])
+    with pytest.raises(GrimaceError, match="not trained yet: emotion-compact-1"):
+        scores.main()
+    command += ["--jobs", "emotion-taught", "emotion-compact"]  # the student first, if it could
     monkeypatch.setattr(sys, "argv", command)
     scores.main()
     page = (tmp_path / scores.OUT / "emotion/README.md").read_text()
     assert "14 test faces" in page
     assert "| emotion-compact | 0.0" in page
     model = tmp_path / "data/benchmarks/scores/emotion-compact-1/model.keras"
+    student = json.loads(
+        (tmp_path / scores.OUT / "emotion/answers/emotion-taught-1.json").read_text()
+    )
+    (teacher,) = student["job"]["teachers"]
+    assert teacher["sha256"] == hashlib.sha256(model.read_bytes()).hexdigest()
     before = model.stat().st_mtime_ns
     capsys.readouterr()
     scores.main()
