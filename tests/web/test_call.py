@@ -36,14 +36,16 @@ def connect_by_text(one, other):
 
 
 def press_at_once(pages):
-    """Press Call in all windows within one turn of their loops."""
-    for page in pages:
-        page.evaluate(
-            """() => { const go = new BroadcastChannel("go");
-                go.onmessage = () => { document.getElementById("find-tab").click(); go.close(); } }"""
-        )
-    pages[0].evaluate("""() => { const go = new BroadcastChannel("go"); go.postMessage(0);
-        go.close(); document.getElementById("find-tab").click(); }""")
+    """Press Call in both windows, in the second as soon as it hears of the first."""
+    first, second = pages
+    second.evaluate(
+        """() => { const go = new BroadcastChannel("go");
+            go.onmessage = () => document.getElementById("find-tab").click(); }"""
+    )
+    first.evaluate(
+        """() => { new BroadcastChannel("go").postMessage(0);
+            document.getElementById("find-tab").click(); }"""
+    )
 
 
 def wait_until_connected(*pages):
