@@ -90,11 +90,11 @@ def camera(camera_face, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def moving_camera(camera_face, tmp_path_factory) -> Path:
-    """Four seconds of a head that sways, nods, tilts and comes closer, 30 frames a second."""
+    """Two seconds of a head that sways, nods, tilts and comes closer, 30 frames a second."""
     places = []
-    for turn in np.linspace(0, 2 * np.pi, 120, endpoint=False):
-        place = cv2.getRotationMatrix2D((64, 64), 12 * np.sin(2 * turn), 3 + 0.3 * np.sin(turn))
-        place[:, 2] += (256 + 90 * np.sin(2 * turn), 176 + 25 * np.sin(3 * turn))
+    for turn in np.linspace(0, 2 * np.pi, 60, endpoint=False):
+        place = cv2.getRotationMatrix2D((64, 64), 12 * np.sin(turn), 3 + 0.3 * np.sin(turn))
+        place[:, 2] += (256 + 90 * np.sin(turn), 176 + 25 * np.sin(2 * turn))
         places.append(place)
     return film(tmp_path_factory.mktemp("moving") / "face.y4m", camera_face[0].image, places)
 

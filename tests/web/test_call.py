@@ -68,7 +68,7 @@ def moving(launch, moving_camera):
 
 
 def test_a_moving_face_stays_within_the_budget(moving, address, capsys):
-    """What WebRTC counts as sent, over what arrives, for five seconds of a head in motion."""
+    """What WebRTC counts as sent, over what arrives, for four seconds of a head in motion."""
     one, other = open_call(moving, address), open_call(moving, address)
     one.bring_to_front()  # only the page in front gets frames from its camera
     one.click("#call [data-do=camera]")
@@ -78,7 +78,7 @@ def test_a_moving_face_stays_within_the_budget(moving, address, capsys):
     other.wait_for_function("document.body.dataset.received > 30")
     before, arrived = one.evaluate("grimace.traffic()"), other.evaluate("grimace.traffic()")
     places = []
-    for _ in range(20):
+    for _ in range(16):
         one.wait_for_timeout(250)
         places += one.evaluate("grimace.faces().map(({ box }) => box.left)")
     after, arriving = one.evaluate("grimace.traffic()"), other.evaluate("grimace.traffic()")
@@ -88,11 +88,11 @@ def test_a_moving_face_stays_within_the_budget(moving, address, capsys):
     )
     with capsys.disabled():
         print(
-            f"\nlandmark call: {frames / 5:.0f} frames/s came; for 30 frames/s: {wire:.1f} kbit/s "
+            f"\nlandmark call: {frames / 4:.0f} frames/s came; for 30 frames/s: {wire:.1f} kbit/s "
             f"on the wire, headers and acknowledgements included, {points:.1f} of it points"
         )
-    assert len(places) >= 15 and max(places) - min(places) > 100  # it was seen, and it moved
-    assert frames > 25 and 0 < points < wire < LIMIT
+    assert len(places) >= 12 and max(places) - min(places) > 100  # it was seen, and it moved
+    assert frames > 20 and 0 < points < wire < LIMIT
     assert float(one.inner_text("#kbits-wire")) < LIMIT
     assert not canvas_is_empty(other)
 
