@@ -190,7 +190,7 @@ export function createCall(onState, onFace) {
 
   function expectAnswer() {
     patience = setTimeout(() => {
-      hangUp("idle", "No other window answered. Open this page in a second window of this browser, and choose this tab there.");
+      hangUp("idle", "No other window answered. Is this page open in one, with this tab chosen?");
     }, ANSWER_MS);
   }
 
