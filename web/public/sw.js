@@ -5,16 +5,17 @@ const KEPT = "grimace";
 self.addEventListener("install", () => self.skipWaiting());
 self.addEventListener("activate", (event) => event.waitUntil(self.clients.claim()));
 
-// The page names what it loaded, and what may be chosen later.
+// The page names what it loaded, and what may be chosen later; it is told what cannot be kept.
 self.addEventListener("message", (event) => {
-  event.waitUntil(keep(event.data).then(() => event.ports[0].postMessage("kept")));
+  event.waitUntil(keep(event.data).then((missing) => event.ports[0].postMessage(missing)));
 });
 
 async function keep(urls) {
   const cache = await caches.open(KEPT);
-  await Promise.all(urls.map((url) => cache.add(url).catch(() => {}))); // one missing spoils no other
+  const results = await Promise.allSettled(urls.map((url) => cache.add(url))); // one missing spoils no other
   const wanted = new Set(urls);
   for (const request of await cache.keys()) if (!wanted.has(request.url)) await cache.delete(request);
+  return urls.filter((_, i) => results[i].status === "rejected");
 }
 
 self.addEventListener("fetch", (event) => {

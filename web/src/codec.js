@@ -1,7 +1,7 @@
 // A face in some forty bytes: its points, quantised and coded as differences.
 //
 // A message is
-//   byte 0   bit 7: key; bit 6: there is a face; bits 3–5: Rice parameter; bits 0–2: emotion
+//   byte 0   bit 7: key; bit 6: there is a face; bits 3–5: Rice parameter; bits 0–2: emotion, 7: none
 //   byte 1   sequence number, modulo 256
 //   key with a face: byte 2, height / width of the picture in 64ths; byte 3, number of points
 //   bits     the points in steps of 1/2048 of the picture's width
@@ -14,11 +14,12 @@ export const STEPS = 2048;
 const KEY_EVERY = 60; // frames: what a listener who joins late waits for at most
 const ESCAPE = 24; // a quotient of so much is followed by the plain number instead
 const PLAIN_BITS = 18;
+const NO_EMOTION = 7;
 
 /**
  * @returns {(face: {points: ArrayLike<number>, emotion: number, aspect: number} | null,
  *   key?: boolean) => Uint8Array} encodes a frame: points [x0, y0, …] in picture widths, emotion
- *   0–7, aspect = height / width. `key` asks for a frame that needs none before it.
+ *   0–6 or −1 for none, aspect = height / width. `key` asks for a frame that needs none before it.
  */
 export function createEncoder() {
   let known = null;
@@ -37,7 +38,8 @@ export function createEncoder() {
     const motion = isKey ? [] : meanMotion(known, values);
     const numbers = [...motion, ...values.map((value, i) => value - predict(known, values, motion, i))];
     const k = bestParameter(numbers);
-    const head = [(isKey ? 128 : 0) | 64 | (k << 3) | (face.emotion & 7), number];
+    const emotion = face.emotion < 0 ? NO_EMOTION : face.emotion;
+    const head = [(isKey ? 128 : 0) | 64 | (k << 3) | emotion, number];
     if (isKey) head.push(clampByte(face.aspect * 64), values.length / 2);
     known = values;
     return pack(head, numbers, k);
@@ -74,7 +76,8 @@ export function createDecoder() {
     for (let i = 0; i < length; i++) values[i] = predict(known, values, motion, i) + read();
     known = values;
     const points = Float32Array.from(values, (value) => value / STEPS);
-    return { face: { points, emotion: bytes[0] & 7, aspect } };
+    const emotion = bytes[0] & 7;
+    return { face: { points, emotion: emotion === NO_EMOTION ? -1 : emotion, aspect } };
   };
 }
 

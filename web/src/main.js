@@ -27,6 +27,7 @@ let last = { tracks: [], time: 0 };
 let rate = 0;
 const speed = { written: 0 };
 let generation = 0; // of the source: what was begun for an older one is dropped
+let asked = 0; // for a source, how often: the last wish counts, whichever opens first
 
 async function main() {
   wire();
@@ -84,12 +85,15 @@ function kilobytes(bytes) {
 // sources
 
 async function start(open) {
+  const wish = ++asked;
   try {
     say("Opening …");
     const opened = await open();
+    if (wish !== asked) return opened.stop();
     source?.stop();
     source = opened;
   } catch (error) {
+    if (wish !== asked) return;
     if (!(error instanceof SourceError)) console.error(error);
     say(error.message, true);
     return;
@@ -100,26 +104,27 @@ async function start(open) {
   rate = 0;
   for (const target of [canvas, frame.canvas]) Object.assign(target, { width: source.width, height: source.height });
   document.body.dataset.source = source.kind;
-  $("stop").hidden = source.still;
   say(source.note);
   if (source.still) refresh();
   else {
     const current = generation; // not what it will be when the frame comes
     source.next((time) => tick(time, current));
+    source.lost.then((why) => current === generation && stop(why));
   }
 }
 
-function stop() {
+function stop(why = "") {
   source?.stop();
   source = null;
   generation += 1;
+  asked += 1;
   tracker.reset();
   last = { tracks: [], time: 0 };
   delete document.body.dataset.source;
-  $("stop").hidden = true;
   showFace(null);
   showSpeed(null);
-  call.send(null, 1, 1, performance.now() / 1000);
+  sendFace();
+  say(why, true);
 }
 
 /** A still picture again, after something about it changed. */
@@ -144,8 +149,7 @@ async function step(time, current) {
     result = await analyser.analyse(pixels, still);
   } catch (error) {
     if (current !== generation) return;
-    say(`The models failed on this picture: ${error.message ?? error}`, true);
-    stop();
+    stop(`The models failed on this picture: ${error.message ?? error}`);
     return;
   }
   if (current !== generation) return;
@@ -161,7 +165,7 @@ async function step(time, current) {
   const biggest = largest(tracks);
   showFace(biggest);
   $("stage-note").textContent = result.faces.length ? "" : "No face in view";
-  call.send(biggest?.points ? { points: biggest.points, emotion: biggest.label } : null, width, height, time);
+  sendFace(time);
   document.body.dataset.frames = Number(document.body.dataset.frames ?? 0) + 1;
   document.body.dataset.faces = result.faces.length;
 }
@@ -192,12 +196,7 @@ function largest(tracks) {
 
 function showFace(track) {
   const label = track ? labels[track.label] : undefined;
-  const picture = $("face-emoji");
-  picture.hidden = !label;
-  if (label && picture.dataset.label !== label) {
-    picture.src = `${BASE}emoji/${label}.svg`;
-    picture.dataset.label = label;
-  }
+  showEmoji($("face-emoji"), label);
   $("face-label").textContent = label ?? "–";
   const bars = $("bars");
   if (bars.children.length !== labels.length) {
@@ -210,6 +209,14 @@ function showFace(track) {
     row.querySelector(".fill").style.transform = `scaleX(${share})`;
     row.querySelector(".value").textContent = track?.probabilities ? `${Math.round(share * 100)}%` : "";
   });
+}
+
+/** Put a label's emoji into an image, or hide that where there is no label. */
+function showEmoji(picture, label) {
+  picture.hidden = !label;
+  if (!label || picture.dataset.label === label) return;
+  picture.src = `${BASE}emoji/${label}.svg`;
+  picture.dataset.label = label;
 }
 
 function bar(name) {
@@ -251,7 +258,18 @@ const own = $("self").getContext("2d");
 const other = $("other").getContext("2d");
 const call = createCall(showState, showOther);
 let counted = { time: 0 };
-setInterval(showTraffic, 1000);
+setInterval(() => {
+  showTraffic();
+  if (!source || source.still) sendFace(); // what does not move is told again, for whom it did not reach
+}, 1000);
+
+/** Send the largest face, or that there is none. */
+function sendFace(time = performance.now() / 1000) {
+  const face = largest(last.tracks);
+  const { width, height } = canvas;
+  const emotion = LABELS.indexOf(labels[face?.label]);
+  call.send(face?.points ? { points: face.points, emotion } : null, width, height, time);
+}
 
 function renderSelf() {
   const { width, height } = canvas;
@@ -273,18 +291,17 @@ function showOther(face) {
   if (face) other.canvas.height = Math.round(width * face.aspect);
   else other.clearRect(0, 0, width, other.canvas.height);
   $("other-note").textContent = face ? "" : "The other side shows no face";
+  showEmoji($("other-emoji"), LABELS[face?.emotion]);
   if (!face || face.points.length !== 136) return;
   other.save();
   other.translate(width, 0); // as in a mirror, like one's own picture
   other.scale(-1, 1);
   drawMask(other, face.points.map((value) => value * width));
   other.restore();
-  $("other-emoji").src = `${BASE}emoji/${LABELS[face.emotion]}.svg`;
-  $("other-emoji").hidden = false;
   document.body.dataset.received = Number(document.body.dataset.received ?? 0) + 1;
 }
 
-function showState(state) {
+function showState(state, why) {
   document.body.dataset.call = state;
   $("call-state").textContent = {
     idle: "Not connected",
@@ -292,11 +309,17 @@ function showState(state) {
     connected: "Connected",
     closed: "The call has ended",
   }[state];
-  $("hang-up").hidden = state !== "connected";
+  const isIdle = state === "idle" || state === "closed";
+  $("call-error").textContent = why;
+  $("hang-up").hidden = isIdle;
+  $("hang-up").textContent = state === "waiting" ? "Cancel" : "Hang up";
+  $("find-tab").disabled = state === "waiting";
   $("connect").hidden = state === "connected";
-  if (state !== "connected") {
+  if (isIdle) $("mine").value = $("theirs").value = ""; // of use for one call alone
+  if (state === "connected") sendFace();
+  else {
     other.clearRect(0, 0, other.canvas.width, other.canvas.height);
-    $("other-emoji").hidden = true;
+    showEmoji($("other-emoji"), undefined);
     $("other-note").textContent = "The other side appears here";
   }
 }
@@ -324,7 +347,7 @@ function wire() {
       camera: () => start(openCamera),
       file: choose,
       sample: () => start(() => openPicture(SAMPLE)),
-      stop,
+      stop: () => stop(),
       fullscreen: toggleFullScreen,
     }[button.dataset.do];
   });
@@ -417,9 +440,12 @@ async function keepOffline(index) {
   const others = ["vendor/tfjs/tfjs-backend-wasm-simd.wasm", "sample.jpg", "manifest.webmanifest", ""];
   const all = [...loaded, ...models, ...others.map((path) => BASE + path)];
   const { port1, port2 } = new MessageChannel();
-  port1.onmessage = () => (document.body.dataset.offline = "true");
+  port1.onmessage = ({ data: missing }) => {
+    document.body.dataset.offline = missing.length ? "partly" : "true";
+    if (missing.length) say(`Without a network these files will be missing: ${missing.join(", ")}`, true);
+  };
   active.postMessage([...new Set(all)].filter((url) => url.startsWith(BASE)), [port2]);
 }
 
-globalThis.grimace = { faces: () => last.tracks }; // for tests, and for who wants to look
+globalThis.grimace = { faces: () => last.tracks, traffic: call.statistics }; // for tests, and for who wants to look
 main();

@@ -1,5 +1,6 @@
 // Where pictures come from: the camera, a picture, a video. All end in a message or in a source
-// {kind, note, still, mirrored, width, height, draw(context, width, height), next(callback), stop()}.
+// {kind, note, still, mirrored, width, height, draw(context, width, height), next(callback), stop()};
+// what moves has `lost` too, a promise of the message for when it ends against one's will.
 
 const LONGEST = 2048; // pixels a picture is worked on with; a video with 960
 const LONGEST_VIDEO = 960;
@@ -21,16 +22,30 @@ export async function openCamera() {
   } catch (error) {
     throw new SourceError(CAMERA_ERRORS[error.name] ?? `The camera did not start: ${error.message}`);
   }
-  const video = await play((element) => (element.srcObject = stream));
+  const [track] = stream.getVideoTracks();
+  const lost = new Promise((resolve) => (track.onended = () => resolve(CAMERA_LOST)));
+  const gone = lost.then((message) => {
+    throw new Error(message);
+  });
+  let video;
+  try {
+    video = await Promise.race([play((element) => (element.srcObject = stream)), gone]);
+  } catch (error) {
+    track.stop();
+    throw new SourceError(`The camera gives no picture: ${error.message}`);
+  }
   return {
     ...sourceOf(video, "camera", LONGEST_VIDEO),
+    lost,
     mirrored: true,
     stop() {
-      stream.getTracks().forEach((track) => track.stop());
+      track.stop();
       video.srcObject = null;
     },
   };
 }
+
+const CAMERA_LOST = "The camera was unplugged or taken away. Start it again, or open a picture or a video.";
 
 const CAMERA_ERRORS = {
   NotFoundError: "No camera was found. Plug one in, or open a picture or a video.",
@@ -51,6 +66,7 @@ export async function openFile(file) {
     if (await isCut(file)) source.note = `${file.name} is cut off: part of the picture is missing.`;
     return source;
   } catch {
+    URL.revokeObjectURL(url);
     throw new SourceError(`${file.name} cannot be read: it is damaged, or in a format this browser does not know.`);
   } finally {
     if (!isVideo) URL.revokeObjectURL(url);
@@ -89,7 +105,9 @@ async function openVideo(url) {
   const video = await play((element) => Object.assign(element, { src: url, loop: true }));
   return {
     ...sourceOf(video, "video", LONGEST_VIDEO),
+    lost: new Promise((resolve) => (video.onerror = () => resolve("The video is damaged from here on."))),
     stop() {
+      video.onerror = null;
       video.pause();
       URL.revokeObjectURL(url);
       video.removeAttribute("src");
