@@ -85,7 +85,7 @@ def describe(
                 "margin": margin,
                 "margin_unit": "of the longer side of the face box, on every side",
                 "up": up,
-                "up_unit": "of the longer side of the face box, the crop's centre above the box's",
+                "up_unit": "of the longer side of the face box, from its centre up to the crop's",
                 "box": "of the visible landmarks from brows and jaw to chin, else the detector's",
             },
         },

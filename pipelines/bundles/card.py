@@ -55,7 +55,7 @@ def text(manifest: dict[str, Any]) -> str:
         else f"{given['shape'][0]} points of the scheme {given['scheme']}, {given['meaning']}"
     )
     crop = taken["crop"]
-    raised = f" and raised by {crop['up']:g} {crop['up_unit']}" if crop["up"] else ""
+    raised = f", its centre {crop['up']:g} of that side above the box's" if crop["up"] else ""
     use = USE[target].format(height=height, width=width, channels=channels)
     validation = source.get("validation")
     scored = (
@@ -82,7 +82,7 @@ bill of materials.
 
 In: float32 ({height}, {width}, {channels}), {taken["colour"]}, values 0 to 255 as they come from
 the picture. Crop: {crop["shape"]}, widened by {crop["margin"]:g}
-{crop["margin_unit"]}{raised}; the face box is that {crop["box"]}. The order of steps is
+{crop["margin_unit"]}{raised}. The face box is that {crop["box"]}. The order of steps is
 `preprocessing` in the manifest.
 
 Out: float32, {answer}.

@@ -106,6 +106,7 @@ def test_where_blazeface_looks_covers_a_still_picture():
 
 
 def test_the_models_answer_on_drawn_faces(models):
+    assert (models["emotion"].margin, models["emotion"].up) == (0.06, 0.14)  # FER-2013's framing
     face = render(7, 93)
     (seen,) = demo.analyse(demo.Frame(np.asarray(drawn())), models, "blazeface")
     assert seen.probabilities.shape == (7,)

@@ -47,7 +47,10 @@ def test_a_dataset_of_whole_frames_has_its_own_crop(make):
         assert (placing["margin"], placing["up"]) == (0.06, 0.14)
     manifest["licence"] = {"code": "MIT", "training_data": "", "allowed_use": ""}
     told = " ".join(card.text(manifest).split())
-    assert "widened by 0.06 of the longer side" in told and "raised by 0.14 of the longer" in told
+    assert (
+        "widened by 0.06 of the longer side" in told
+        and "its centre 0.14 of that side above the box" in told
+    )
 
 
 def test_input_output_and_preprocessing_are_data(make):
