@@ -33,7 +33,7 @@ def load(path: Path, threads: int) -> Runtime:
     Raises:
         UnavailableError: there is no GPU, it is another than a name such as `int8.sm89.engine`
             says, or no TensorRT is installed.
-        GrimaceError: TensorRT refuses the file.
+        GrimaceError: TensorRT or the driver refuses the file.
     """
     del threads
     here = capability_here()
@@ -48,12 +48,12 @@ def load(path: Path, threads: int) -> Runtime:
     libraries = [library for library in map(imported, LIBRARIES) if library]
     if not libraries:
         raise UnavailableError(f"no TensorRT is installed. Install {FULL}; or {RTX}")
-    stack = ExitStack()
     try:
-        return _opened(path, libraries, stack)
-    except BaseException:
-        stack.close()
-        raise
+        with ExitStack() as stack:
+            opened = _opened(path, libraries, stack)
+            return replace(opened, stop=stack.pop_all().close)
+    except RuntimeError as error:
+        raise refused("the CUDA driver", path, error) from error
 
 
 def _opened(path: Path, libraries: list[ModuleType], stack: ExitStack) -> Runtime:
@@ -115,7 +115,7 @@ def _opened(path: Path, libraries: list[ModuleType], stack: ExitStack) -> Runtim
         "load_ms": 1e3 * (perf_counter() - start),
         "memory_mib": max(0, before - _free(driver)) / 2**20,
     }
-    return replace(opened, stop=stack.close, opening=opening)
+    return replace(opened, opening=opening)
 
 
 def _deserialised(path: Path, libraries: list[ModuleType]) -> tuple[ModuleType, Any, list[str]]:
@@ -137,7 +137,7 @@ def _driver() -> Callable[..., None]:
     def call(name: str, *arguments: Any) -> None:
         status = getattr(library, name)(*arguments)
         if status:
-            raise RuntimeError(f"{name} of the CUDA driver failed with error {status}")
+            raise RuntimeError(f"{name} failed with error {status}")
 
     return call
 

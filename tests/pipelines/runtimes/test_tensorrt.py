@@ -195,9 +195,10 @@ def test_an_engine_for_another_gpu_is_told_from_a_bad_one(gpu, tmp_path, monkeyp
         load(engine(tmp_path, b"rtx"))
 
 
-def test_a_failing_driver_is_named(gpu, tmp_path, monkeypatch):
-    monkeypatch.setattr(gpu, "cuMemcpyDtoHAsync_v2", lambda *given: 700, raising=False)
-    with pytest.raises(GrimaceError, match=r"cuMemcpyDtoHAsync_v2 .* error 700"):
+@pytest.mark.parametrize("call", ["cuInit", "cuMemAlloc_v2", "cuMemcpyDtoHAsync_v2"])
+def test_a_failing_driver_is_named(gpu, tmp_path, monkeypatch, call):
+    monkeypatch.setattr(gpu, call, lambda *given: 700)
+    with pytest.raises(GrimaceError, match=rf"{call} failed with error 700"):
         load(engine(tmp_path, b"rtx"))
     assert not gpu.memory and gpu.contexts == 0
 
