@@ -14,7 +14,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import count, repeat
+from itertools import chain, count, repeat
 from pathlib import Path
 from time import monotonic, perf_counter
 
@@ -39,13 +39,17 @@ HELP = "h help   f full screen   e emoji   l landmarks   b box   1-4 detector   
 
 @dataclass
 class Options:
-    """What is shown, changed by keys."""
+    """What is shown, changed by keys.
+
+    `changed` asks `swap` for the same still picture again.
+    """
 
     detector: str = "blazeface"
     emoji: bool = True
     landmarks: bool = False
     box: bool = False
     help: bool = False
+    changed: bool = False
 
 
 @dataclass(frozen=True)
@@ -81,6 +85,7 @@ class Tally:
 def main() -> None:
     """Read the command line; show, or write where there is --out."""
     arguments = _parser().parse_args()
+    _spare_the_source(arguments)
     cv2.setNumThreads(1)
     models = open_models(arguments.model, threads=arguments.threads)
     show = set(arguments.show)
@@ -92,8 +97,7 @@ def main() -> None:
         else:
             from pipelines.window import show_frames
 
-            pause = arguments.pause if arguments.folder or arguments.image else 0.0
-            show_frames(swapped, lambda key: press(key, options), pause)
+            show_frames(swapped, lambda key: press(key, options), arguments.pause)
     print(tally, file=sys.stderr)
 
 
@@ -111,7 +115,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--out",
         type=Path,
-        help="no window: write a picture, a folder of pictures (once through), or an .mp4",
+        help="no window: write a picture, a folder of .png pictures (once through), or an .mp4",
     )
     parser.add_argument("--frames", type=int, metavar="N", help="end after so many")
     parser.add_argument(
@@ -129,6 +133,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--threads", type=int, default=1, help="for each model; default 1")
     parser.add_argument("--pause", type=float, default=3.0, help="seconds a picture of a folder")
     return parser
+
+
+def _spare_the_source(arguments: argparse.Namespace) -> None:
+    source = arguments.image or arguments.folder or arguments.video
+    out = arguments.out
+    if source and out and source.exists() and out.exists() and out.samefile(source):
+        raise GrimaceError(f"--out {out} is what is read, and would be overwritten; name another")
 
 
 # Frames
@@ -257,17 +268,24 @@ def frame_rate(capture: cv2.VideoCapture) -> float:
 def swap(
     frames: Iterator[Frame], models: dict[str, Model], options: Options, tally: Tally
 ) -> Iterator[Frame]:
-    """Yield the frames with their faces drawn over; options may change in between."""
+    """Yield the frames with their faces drawn over.
+
+    Options may change in between: a still picture comes again then, a video goes on.
+    """
     follow = tracker()
+    labels = models["emotion"].labels if "emotion" in models else ()
     for frame in frames:
-        start = perf_counter()
-        faces = analyse(frame, models, options.detector)
-        tally.faces += len(faces)
-        faces = tracker()(faces, 0.0) if frame.time is None else follow(faces, frame.time)
-        labels = models["emotion"].labels if "emotion" in models else ()
-        picture = drawn(frame.rgb, faces, labels, options)
-        tally.milliseconds.append((perf_counter() - start) * 1e3)
-        yield Frame(picture, frame.time, frame.name)
+        while True:
+            options.changed = False
+            start = perf_counter()
+            faces = analyse(frame, models, options.detector)
+            tally.faces += len(faces)
+            faces = tracker()(faces, 0.0) if frame.time is None else follow(faces, frame.time)
+            picture = drawn(frame.rgb, faces, labels, options)
+            tally.milliseconds.append((perf_counter() - start) * 1e3)
+            yield Frame(picture, frame.time, frame.name)
+            if frame.time is not None or not options.changed:
+                break
 
 
 def analyse(frame: Frame, models: dict[str, Model], detector: str) -> list[Seen]:
@@ -310,6 +328,7 @@ def press(key: str, options: Options) -> bool:
         options.detector = list(DETECTORS)[int(key) - 1]
     else:
         return False
+    options.changed = True
     return True
 
 
@@ -322,8 +341,11 @@ def _write(frames: Iterator[Frame], arguments: argparse.Namespace) -> None:
         save(next(frames), out)
     elif arguments.folder:
         out.mkdir(parents=True, exist_ok=True)
+        taken: set[str] = set()
         for frame in _progress(frames):
-            save(frame, out / f"{Path(frame.name).stem}.png")
+            name = free_name(frame.name, taken)
+            save(frame, out / name)
+            taken.add(name)
     else:
         rate = 30.0
         if arguments.video:
@@ -336,6 +358,13 @@ def _write(frames: Iterator[Frame], arguments: argparse.Namespace) -> None:
 
 def _progress(frames: Iterator[Frame]) -> Iterator[Frame]:
     return iter(tqdm(frames, "swapping", unit="frame", delay=2, disable=None))
+
+
+def free_name(name: str, taken: set[str]) -> str:
+    """Return the .png that a picture is written to: `a.png`, or `a-2.png` where that is taken."""
+    stem = Path(name).stem
+    names = chain((f"{stem}.png",), (f"{stem}-{number}.png" for number in count(2)))
+    return next(name for name in names if name not in taken)
 
 
 def save(frame: Frame, out: Path) -> None:

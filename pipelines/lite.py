@@ -16,10 +16,6 @@ from pipelines.runtimes import Runtime
 
 MODELS = Path(__file__).parents[1] / "web" / "public" / "models"
 
-# Margin and shift up of datasets that come as crops, relative to the square around the points:
-# medians over 300 training images, that square as BlazeFace and `detectors.BOXES` give it.
-FRAMED = {"fer2013": (0.06, 0.14)}
-
 
 @dataclass(frozen=True)
 class Model:
@@ -110,21 +106,18 @@ def _described(file: Path) -> dict[str, Any]:
     return {**json.loads(manifest.read_text()), "file": file, "precision": file.stem}
 
 
-def framing(manifest: dict[str, Any]) -> dict[str, float]:
-    """How a model's crop lies to the square around a face's points: `margin` and `up`.
-
-    A dataset of ready-made crops has a framing of its own, which no manifest tells.
-    """
-    crop = manifest["input"]["crop"]
-    margin, up = FRAMED.get(manifest["source"]["dataset"], (crop["margin"], crop.get("up", 0.0)))
-    return {"margin": float(margin), "up": float(up)}
-
-
 def _open(entry: dict[str, Any], threads: int) -> Model:
+    placed = entry["input"]["crop"]
+    if "up" not in placed:
+        raise GrimaceError(
+            f"the manifest of {entry['file']} is of an earlier schema and does not say how high "
+            "the crop lies; export the model again"
+        )
     return Model(
         task=entry["task"],
         precision=entry["precision"],
-        **framing(entry),
+        margin=placed["margin"],
+        up=placed["up"],
         labels=tuple(entry["output"].get("labels", ())),
         runtime=runtimes.load(entry["file"], threads),
     )

@@ -131,11 +131,10 @@ def task_rows(task: str) -> list[tuple[str, ...]]:
         verdict = verdicts.get(name, "not judged")
         told = (cost["runtime"], figure + some, interval, _mib(cost["bytes"]), latency)
         rows.append((task, name, *told, verdict))
+    unrun = {f"tensorrt/{file}": _mib(size) for file, size in budgets["built_but_not_run"].items()}
     for name, reason in budgets["not_available"].items():
         why = shorten(f"not available here: {reason}", 70, placeholder=" …").replace("|", "\\|")
-        rows.append((task, name, why, "", "", "", "", "not run"))
-    for name, size in budgets["built_but_not_run"].items():
-        rows.append((task, f"tensorrt/{name}", "needs its GPU", "", "", _mib(size), "", "not run"))
+        rows.append((task, name, why, "", "", unrun.get(name, ""), "", "not run"))
     return rows
 
 
@@ -149,7 +148,8 @@ def show(rows: list[tuple[str, ...]]) -> None:
     """Print rows as a table."""
     table = Table(title="Grimace: candidates and deployables")
     for name in COLUMNS:
-        table.add_column(name, justify="right" if name in COLUMNS[3:7] else "left", no_wrap=True)
+        side = "right" if name in COLUMNS[3:7] else "left"
+        table.add_column(name, justify=side, no_wrap=name != "runs in")  # or why it does not
     for before, row in zip([None, *rows], rows, strict=False):
         if before and before[0] != row[0]:
             table.add_section()

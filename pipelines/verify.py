@@ -5,8 +5,9 @@ refused, with the reason. Every deployable runs in its own runtimes over the who
 loses against the Keras model in float32 is held against a budget. The verdict is `budgets.json`:
 one row a gate, and a gate that could not be computed has failed. A runtime that this machine lacks
 is named there with the reason; it fails nothing, unless no runtime at all is left for a graph.
-TensorRT engines need their GPU; here the same Q/DQ graph runs in ONNX Runtime, and the figures say
-so. Where a browser imitates a GPU on the CPU, some faces alone are measured, and nothing is judged.
+A TensorRT engine is measured where its GPU and its TensorRT are, and said not to have been run
+where they are not; the same Q/DQ graph runs in ONNX Runtime either way. Where a browser imitates a
+GPU on the CPU, some faces alone are measured, and nothing is judged.
 """
 
 import argparse
@@ -120,7 +121,7 @@ class Measured(NamedTuple):
     perf: dict[str, dict[str, Any]]
     gates: list[dict[str, Any]]
     engines: dict[str, int]  # bytes, by file: built, but not for this machine to run
-    absent: dict[str, str]  # why not, by target and runtime: "tfjs:webgl"
+    absent: dict[str, str]  # why not, by target and runtime, "tfjs:webgl"; or "tensorrt/…engine"
 
 
 def measure_all(
@@ -129,11 +130,10 @@ def measure_all(
     """Run every deployable in each runtime that `verify.runtimes` names for it."""
     done = Measured({}, {}, [], {}, {})
     for name, deployable in found.items():
-        if deployable.path.suffix == ".engine":
-            done.engines[deployable.path.name] = deployable.path.stat().st_size
-            continue
         target, taken = name.partition("/")[0], False
         places = {runtime: f"{target}:{runtime}" for runtime in params.verify.runtimes.of(target)}
+        if engine := deployable.path.suffix == ".engine":
+            places = {"tensorrt": f"{target}/{deployable.path.name}"}  # each for a GPU of its own
         for runtime, place in places.items():
             if place in done.absent:
                 continue
@@ -153,7 +153,9 @@ def measure_all(
                     done.gates.append(judge(row, numerics, test.scores, budget))
                 print(f"{row}: {headline(numerics)}, {perf['p50_ms']:.2f} ms")
             taken = True
-        if not taken:
+        if engine and not taken:
+            done.engines[deployable.path.name] = deployable.path.stat().st_size
+        elif not taken:
             reasons = "; ".join(done.absent[place] for place in places.values())
             nowhere = GrimaceError(f"no runtime of verify.runtimes is there: {reasons}")
             done.gates.append(failed(name, nowhere))

@@ -14,7 +14,7 @@ from shutil import copyfile
 from typing import Any
 
 from pipelines.cli import GrimaceError, run, whole_folder
-from pipelines.lite import MODELS, framing
+from pipelines.lite import MODELS
 from pipelines.tracking import sha256
 
 RUNTIMES = {"tflite": "litert", "tfjs": "tfjs"}
@@ -49,8 +49,7 @@ def publish(deploy: Path, out: Path, precisions: list[str] | None = None) -> lis
     Returns:
         What `index.json` lists under "models": for each precision of each bundle its task,
         runtime, precision, path (the file to open, relative to `out`), files, bytes, and the
-        manifest's input, output and source; `framing` says how its crop lies to the square
-        around a face's points.
+        manifest's input, output and source.
 
     Raises:
         GrimaceError: no bundles are there, a file is not what its manifest says, or a precision
@@ -79,6 +78,8 @@ def _rank(precision: str) -> int:
 def _copy(manifest_path: Path, out: Path, precisions: list[str] | None) -> list[dict[str, Any]]:
     bundle = manifest_path.parent
     manifest = json.loads(manifest_path.read_text())
+    if "up" not in manifest["input"]["crop"]:
+        raise GrimaceError(f"{manifest_path} is of an earlier schema; run `dvc repro export`")
     place = Path(manifest["task"], bundle.name)
     checksums = {file["path"]: file["sha256"] for file in manifest["files"]}
     entries = []
@@ -112,7 +113,7 @@ def _copy(manifest_path: Path, out: Path, precisions: list[str] | None) -> list[
             "bytes": size,
         }
         told = {key: manifest[key] for key in ("input", "output", "source")}
-        entries.append({**entry, **told, "framing": framing(manifest)})
+        entries.append({**entry, **told})
     return entries
 
 

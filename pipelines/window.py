@@ -18,9 +18,11 @@ def show_frames(frames: "Iterator[Frame]", press: Callable[[str], bool], pause: 
     """Show frames until they end or the window is closed.
 
     Args:
-        frames: each is asked for when the one before has been shown.
+        frames: each is asked for when the one before has been shown. One that has a time is shown
+            at that time after the first, or as soon as it comes.
         press: is told every key but Esc and f, which are the window's own.
-        pause: seconds that each frame stays; a key that meant something brings the next at once.
+        pause: seconds that a frame without a time stays. A key that meant something asks for the
+            next at once; `demo.swap` then gives the same picture, as it now looks.
 
     Raises:
         GrimaceError: there is no screen, or this Python has no Tk.
@@ -43,11 +45,15 @@ def show_frames(frames: "Iterator[Frame]", press: Callable[[str], bool], pause: 
     label.pack(expand=True, fill="both")
     errors: list[Exception] = []
     full_screen = False
-    waiting = ""
+    shown: Frame | None = None
+    waiting, start = "", 0.0
+
+    def after(seconds: float, then: Callable[[], None]) -> None:
+        nonlocal waiting
+        waiting = root.after(max(1, round(seconds * 1000)), then)
 
     def advance() -> None:
-        nonlocal waiting
-        begun = monotonic()
+        nonlocal start
         try:
             frame = next(frames, None)
         except Exception as error:  # Tk would print it and go on
@@ -57,25 +63,40 @@ def show_frames(frames: "Iterator[Frame]", press: Callable[[str], bool], pause: 
         if frame is None:
             root.destroy()
             return
-        picture = ImageTk.PhotoImage(Image.fromarray(_fitted(frame.rgb, root)))
+        if frame.time is None:
+            show(frame)
+            return
+        if shown is None:
+            start = monotonic() - frame.time
+        after(start + frame.time - monotonic(), lambda: show(frame))
+
+    def show(frame: "Frame") -> None:
+        nonlocal shown
+        shown = frame
+        paint()
+        after(pause if frame.time is None else 0.0, advance)
+
+    def paint(_: object = None) -> None:
+        if shown is None:
+            return
+        picture = ImageTk.PhotoImage(Image.fromarray(_fitted(shown.rgb, root)))
         label.configure(image=picture)
         label.image = picture  # type: ignore[attr-defined] # Tk itself holds no reference
-        spare = pause - (monotonic() - begun)
-        waiting = root.after(max(1, round(spare * 1000)), advance)
 
     def pressed(event: "tkinter.Event") -> None:
-        nonlocal full_screen, waiting
+        nonlocal full_screen
         if event.keysym == "Escape":
             root.destroy()
         elif event.keysym == "f":
             full_screen = not full_screen
             root.attributes("-fullscreen", full_screen)
-        elif press(event.char) and pause and waiting:
+        elif press(event.char) and shown is not None and shown.time is None:
             root.after_cancel(waiting)
-            waiting = root.after(1, advance)
+            after(0.0, advance)
 
     root.bind("<Key>", pressed)
-    waiting = root.after(1, advance)
+    label.bind("<Configure>", paint)  # into and out of full screen
+    after(0.0, advance)
     root.mainloop()
     if errors:
         raise errors[0]

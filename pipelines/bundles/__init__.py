@@ -21,8 +21,9 @@ from models.schemes import SCHEMES
 from pipelines import tracking
 from pipelines.bundles import signatures
 from pipelines.cli import GrimaceError
+from pipelines.crops import placing
 
-SCHEMA = 2
+SCHEMA = 3
 MANIFEST, SIGNATURE = "manifest.json", "manifest.sig"
 # Largest mean difference of one golden image's answer from float32's, by precision. Rounding to
 # eight bits moves answers by a few thousandths; another model, or pixels in another range or
@@ -63,7 +64,7 @@ def describe(
         }
     )
     colour = "grey, ITU-R 601 luma" if channels == 1 else "RGB"
-    margin_unit = "of the longer side of the face box, on every side"
+    margin, up = placing(meta["dataset"], meta["margin"])
     return {
         "schema": SCHEMA,
         "task": meta["task"],
@@ -81,23 +82,27 @@ def describe(
             "colour": colour,
             "crop": {
                 "shape": "square around the face box, edge pixels repeated beyond the image",
-                "margin": meta["margin"],
-                "margin_unit": margin_unit,
+                "margin": margin,
+                "margin_unit": "of the longer side of the face box, on every side",
+                "up": up,
+                "up_unit": "of the longer side of the face box, from its centre up to the crop's",
                 "box": "of the visible landmarks from brows and jaw to chin, else the detector's",
             },
         },
         # In this order; what comes after, scaling among it, is inside the graph.
         "preprocessing": [
             {"step": "rotate", "by": "EXIF orientation"},
+            {"step": "flatten", "transparent_on": "white"},
             {"step": "colour", "to": colour, "weights": [0.299, 0.587, 0.114]}
             if channels == 1
             else {"step": "colour", "to": colour},
             {
                 "step": "crop",
                 "shape": "square",
-                "centre": "of the face box",
+                "centre": "of the face box, raised by up times its longer side",
                 "side": "longer side of the face box times (1 + 2 * margin)",
-                "margin": meta["margin"],
+                "margin": margin,
+                "up": up,
                 "border": "replicate",
             },
             {"step": "resize", "to": [size, size], "shrink": "area", "enlarge": "bilinear"},

@@ -54,6 +54,8 @@ def text(manifest: dict[str, Any]) -> str:
         if task == "emotion"
         else f"{given['shape'][0]} points of the scheme {given['scheme']}, {given['meaning']}"
     )
+    crop = taken["crop"]
+    raised = f", its centre {crop['up']:g} of that side above the box's" if crop["up"] else ""
     use = USE[target].format(height=height, width=width, channels=channels)
     validation = source.get("validation")
     scored = (
@@ -79,8 +81,9 @@ bill of materials.
 ## In and out
 
 In: float32 ({height}, {width}, {channels}), {taken["colour"]}, values 0 to 255 as they come from
-the picture. Crop: {taken["crop"]["shape"]}, widened by {taken["crop"]["margin"]:g}
-{taken["crop"]["margin_unit"]}; the order of steps is `preprocessing` in the manifest.
+the picture. Crop: {crop["shape"]}, widened by {crop["margin"]:g}
+{crop["margin_unit"]}{raised}. The face box is that {crop["box"]}. The order of steps is
+`preprocessing` in the manifest.
 
 Out: float32, {answer}.
 

@@ -47,7 +47,7 @@ def main() -> None:
         "--out", type=Path, help="the engine file to write; default: GRAPH.TARGET.engine beside it"
     )
     arguments = parser.parse_args()
-    target = arguments.target or _capability_here()
+    target = arguments.target or capability_here()
     if target is None:
         raise GrimaceError("this machine has no NVIDIA GPU to build for; name one with --target")
     trt = find_tensorrt(target)
@@ -109,12 +109,12 @@ def find_tensorrt(target: str) -> ModuleType:
     Raises:
         GrimaceError: none is installed that can; the message says which package to install.
     """
-    here = target == _capability_here()
+    here = target == capability_here()
     if here:
-        full = _imported("tensorrt")
+        full = imported("tensorrt")
         if full:
             return full
-    rtx = _imported("tensorrt_rtx")
+    rtx = imported("tensorrt_rtx")
     if rtx:
         return rtx
     advice = (
@@ -142,7 +142,7 @@ def build_engine(trt: ModuleType, onnx: Path, target: str) -> bytes:
     if not onnx.is_file():
         raise GrimaceError(f"{onnx} does not exist; export the model first")
     said: list[str] = []
-    logger = _logger(trt, said)
+    logger = recorder(trt, said)
     builder = trt.Builder(logger)
     # Types come from the graph alone, so int8 is where it was calibrated. TensorRT 11 knows no
     # other way and has dropped the flag.
@@ -150,7 +150,7 @@ def build_engine(trt: ModuleType, onnx: Path, target: str) -> bytes:
     network = builder.create_network(0 if strongly_typed is None else 1 << int(strongly_typed))
     parser = trt.OnnxParser(network, logger)
     if not parser.parse(onnx.read_bytes()):
-        raise GrimaceError(f"{onnx}: {trt.__name__} cannot read it: {_reason(said)}")
+        raise GrimaceError(f"{onnx}: {trt.__name__} cannot read it: {reason(said)}")
     config = builder.create_builder_config()
     _aim(trt, config, target)
     image = network.get_input(0)
@@ -161,8 +161,7 @@ def build_engine(trt: ModuleType, onnx: Path, target: str) -> bytes:
     engine = builder.build_serialized_network(network, config)
     if engine is None:
         raise GrimaceError(
-            f"{onnx}: {trt.__name__} {trt.__version__} cannot build it for {target}: "
-            f"{_reason(said)}"
+            f"{onnx}: {trt.__name__} {trt.__version__} cannot build it for {target}: {reason(said)}"
         )
     return bytes(engine)
 
@@ -182,7 +181,9 @@ def _aim(trt: ModuleType, config: Any, target: str) -> None:
     config.set_compute_capability(capabilities.__members__[target.upper()], 0)
 
 
-def _logger(trt: Any, said: list[str]) -> Any:
+def recorder(trt: Any, said: list[str]) -> Any:
+    """Return a logger for TensorRT that puts its errors into `said`, and drops the rest."""
+
     class Logger(trt.ILogger):
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
@@ -194,18 +195,20 @@ def _logger(trt: Any, said: list[str]) -> Any:
     return Logger()
 
 
-def _reason(said: list[str]) -> str:
+def reason(said: list[str]) -> str:
+    """Return the last of the errors that `recorder` put there."""
     return said[-1][:500] if said else "it does not say why"
 
 
-def _imported(name: str) -> ModuleType | None:
+def imported(name: str) -> ModuleType | None:
+    """Return a module, or None where it is not installed."""
     try:
         return import_module(name)
     except ImportError:
         return None
 
 
-def _capability_here() -> str | None:
+def capability_here() -> str | None:
     """Ask the NVIDIA driver for this machine's first GPU: "sm89", or None where there is none."""
     try:
         cuda = ctypes.CDLL("libcuda.so.1")

@@ -148,9 +148,9 @@ def _costs(perf: Rows, budgets: dict[str, Any]) -> list[Markup | str]:
         pages.note(
             "Loading ends with the first answer, in a fresh process whose growth is the memory; "
             "TF.js and LiteRT.js tell both themselves, their memory being that of tensors and that "
-            "of WebAssembly as a whole. p50 and p95 are the median "
-            "and the 95th percentile of single images, one thread."
-            + (f" Built but not run, for lack of their GPU: {unrun}." if unrun else "")
+            "of WebAssembly as a whole; of a TensorRT engine it is the GPU's. p50 and p95 are the "
+            "median and the 95th percentile of single images, one thread."
+            + (f" Built but not run, see below: {unrun}." if unrun else "")
         ),
     ]
 
@@ -160,8 +160,6 @@ def _not_measured(budgets: dict[str, Any]) -> list[Markup | str]:
     for name in budgets["left_out"]:
         target, _, runtime = name.partition(":")
         absent[name] = f"left out; add {runtime} to verify.runtimes.{target} in params.yaml"
-    for name in budgets["built_but_not_run"]:
-        absent[f"tensorrt/{name}"] = "built ahead of time; needs its GPU"
     if not absent:
         return ["Every runtime that there is was measured."]
     table = pd.DataFrame({"runtime": absent.keys(), "why": absent.values()})

@@ -9,25 +9,27 @@ from pipelines.runtimes.runtime import Runtime, UnavailableError
 
 __all__ = ["RUNTIMES", "Runtime", "UnavailableError", "load", "most_threads"]
 
-# By the target of a bundle, those that its graphs run in.
+# By the target of a bundle, those that its graphs run in; engines, in the bundle "tensorrt" too,
+# stand apart.
 RUNTIMES = {
     "tflite": ("litert", "litertjs"),
     "tfjs": ("wasm", "node", "webgl", "webgpu"),
     "tensorrt": ("onnxruntime",),
+    "engine": ("tensorrt",),
 }
-TARGETS = {".tflite": "tflite", ".onnx": "tensorrt"}
+TARGETS = {".tflite": "tflite", ".onnx": "tensorrt", ".engine": "engine"}
 
 
 def load(path: Path, threads: int = 1, runtime: str | None = None) -> Runtime:
     """Open a model in the runtime that its name calls for.
 
     Args:
-        path: a `.keras`, `.tflite` or `.onnx` file, or a folder that holds a TF.js graph model
-            (`model.json` and its shards).
+        path: a `.keras`, `.tflite`, `.onnx` or `.engine` file, or a folder that holds a TF.js
+            graph model (`model.json` and its shards).
         threads: threads to compute with. See `most_threads`; Keras leaves it to its backend
             (`Runtime.threads` says what holds).
         runtime: of those in `RUNTIMES` for such a file the one to open it in; by default LiteRT,
-            ONNX Runtime, and TF.js in Chromium where there is one, else in Node.
+            ONNX Runtime, TensorRT, and TF.js in Chromium where there is one, else in Node.
 
     Returns:
         The open model. Use it in a `with` block: TF.js runs in a process of its own.
@@ -69,9 +71,13 @@ def load(path: Path, threads: int = 1, runtime: str | None = None) -> Runtime:
         from pipelines.runtimes import onnx_runtime
 
         return onnx_runtime.load(path, threads)
+    if path.suffix == ".engine":
+        from pipelines.runtimes import tensorrt
+
+        return tensorrt.load(path, threads)
     raise GrimaceError(
-        f"{path}: no runtime is known for '{path.suffix or path.name}'; give a .keras, .tflite or "
-        ".onnx file, or a TF.js folder with a model.json"
+        f"{path}: no runtime is known for '{path.suffix or path.name}'; give a .keras, .tflite, "
+        ".onnx or .engine file, or a TF.js folder with a model.json"
     )
 
 

@@ -64,6 +64,19 @@ def test_jpeg_comes_close(rgb: np.ndarray) -> None:
     assert np.abs(back.astype(int) - rgb).mean() < 3
 
 
+def test_what_is_transparent_is_white_whatever_hides_there() -> None:
+    hidden = np.zeros((4, 4, 4), np.uint8)
+    hidden[1:3, 1:3] = (200, 30, 90, 255)
+    picture = Image.fromarray(hidden)
+    shown = decode(save(picture, "PNG"), 3)
+    assert (shown[0] == 255).all() and (shown[1:3, 1:3] == (200, 30, 90)).all()
+    palette = Image.fromarray(np.eye(4, dtype=np.uint8), "P")
+    palette.putpalette([0, 0, 0, 10, 20, 30])
+    shown = decode(save(palette, "PNG", transparency=0), 3)
+    assert (shown[0, 0] == (10, 20, 30)).all() and (shown[0, 1] == 255).all()
+    assert (decode(save(palette, "PNG", transparency=0), 1)[0, 1:] == 255).all()
+
+
 def test_alpha_is_left_out(rgb: np.ndarray) -> None:
     opaque = np.concatenate([rgb, np.full((24, 40, 1), 255, np.uint8)], -1)
     assert np.array_equal(decode(encode(opaque), 3), rgb)

@@ -1,3 +1,4 @@
+import dataclasses
 import hashlib
 import json
 import os
@@ -13,7 +14,7 @@ from onnx import TensorProto, helper, numpy_helper
 from pipelines import bundles, verify
 from pipelines.cli import GrimaceError
 from pipelines.heldout import crop_all
-from pipelines.runtimes import javascript, load
+from pipelines.runtimes import javascript, load, onnx_runtime, tensorrt
 from pipelines.split import side_of
 from pipelines.tracking import sha256
 
@@ -99,7 +100,8 @@ def test_the_verdict_is_whole(verified, task):
     budgets, numerics = read(root, f"{task}/budgets.json"), read(root, f"{task}/numerics.json")
     candidate = (root / "deploy" / "candidate" / f"{task}.keras").read_bytes()
     engine = root / "deploy" / task / "tensorrt" / "int8.sm89.engine"
-    assert budgets["not_available"] == {}
+    assert budgets["not_available"].keys() == {"tensorrt/int8.sm89.engine"}
+    assert "no NVIDIA GPU" in budgets["not_available"]["tensorrt/int8.sm89.engine"]
     assert budgets["left_out"] == ["tflite:litertjs", "tfjs:wasm", "tfjs:webgl", "tfjs:webgpu"]
     assert (budgets["task"], budgets["passed"]) == (task, True)
     assert budgets["model_sha256"] == hashlib.sha256(candidate).hexdigest()
@@ -154,6 +156,20 @@ def measured(world, task: str, names: list[str], params) -> tuple[verify.Test, v
         test = verify.Test(faces, reference, verify.measure(faces, reference, params.evaluate))
         some = {name: found[name] for name in names}
         return test, verify.measure_all(some, test, params, budget=60.0)
+
+
+def test_an_engine_has_a_row_where_its_gpu_is(exported, monkeypatch):
+    def on_a_gpu(path: Path, threads: int):
+        opened = onnx_runtime.load(path.with_name("int8.onnx"), threads)
+        return dataclasses.replace(opened, opening={"load_ms": 3.0, "memory_mib": 2.0})
+
+    monkeypatch.setattr(tensorrt, "load", on_a_gpu)
+    _, done = measured(exported, "emotion", ["tensorrt/int8.sm89"], exported.params)
+    assert done.absent == {} and done.engines == {}
+    (gate,) = done.gates
+    assert gate["name"] == "tensorrt/int8.sm89" and gate["passed"]
+    assert done.numerics.keys() == {gate["name"]}
+    assert done.perf[gate["name"]]["load_ms"] == 3.0
 
 
 @pytest.mark.skipif(not shutil.which("chromium"), reason="no chromium on PATH")

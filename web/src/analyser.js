@@ -57,8 +57,8 @@ export async function createAnalyser(base) {
     const rgb = await timed("detect", () => fromRgba(data, width, height, 3));
     const grey = await timed(first, () => fromRgba(data, width, height, 1));
     const answer = async (model, box) => {
-      const { input: { shape }, framing } = model.entry;
-      const square = framed(box, framing);
+      const { shape, crop: placing } = model.entry.input;
+      const square = framed(box, placing);
       const pixels = crop(shape[2] === 1 ? grey : rgb, square, shape[0]);
       return { square, output: await model.run(pixels) };
     };

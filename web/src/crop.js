@@ -22,7 +22,7 @@ export function fromRgba(rgba, width, height, channels) {
   return { data, width, height, channels };
 }
 
-/** A model's crop, from the square around a face's points: both shares are of its side. */
+/** A model's crop, as `input.crop` of its manifest has it, from the square around a face's points. */
 export function framed({ left, top, right, bottom }, { margin, up }) {
   const wide = (right - left) * margin;
   const raised = (right - left) * up;

@@ -11,6 +11,8 @@ META = {
     "emotion": {"task": "emotion", "size": 16, "channels": 1, "margin": 0.1},
     "landmarks": {"task": "landmarks", "size": 16, "channels": 3, "margin": 0.2},
 }
+for meta in META.values():
+    meta["dataset"] = "synthetic"
 META["emotion"]["classes"] = ["a", "b", "c", "d", "e", "f", "g"]
 META["landmarks"] |= {"points": 15, "scheme": "kaggle-15"}
 SOURCE = {

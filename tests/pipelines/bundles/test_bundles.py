@@ -6,6 +6,7 @@ import shutil
 import pytest
 
 from pipelines import bundles
+from pipelines.bundles import card
 from pipelines.cli import GrimaceError
 
 
@@ -28,11 +29,28 @@ def test_a_manifest_names_every_file_and_says_how_to_use_them(make, task, target
         content = (bundle / name).read_bytes()
         assert file["bytes"] == len(content)
         assert file["sha256"] == hashlib.sha256(content).hexdigest()
-    assert (manifest["schema"], manifest["task"], manifest["target"]) == (2, task, target)
+    assert (manifest["schema"], manifest["task"], manifest["target"]) == (3, task, target)
     for facts in manifest["variants"].values():
         assert (bundle / facts["file"]).exists()
         assert facts["tolerance"] == bundles.TOLERANCES[facts["precision"]]
     assert all((bundle / manifest[name]).is_file() for name in ("golden", "card", "sbom"))
+
+
+def test_a_dataset_of_whole_frames_has_its_own_crop(make):
+    """FER-2013's frames have no points: the crop that matches them was measured."""
+    meta = {"task": "emotion", "size": 48, "channels": 1, "margin": 0.05, "dataset": "fer2013"}
+    meta["classes"] = list("abcdefg")
+    source = json.loads((make() / "manifest.json").read_text())["source"]
+    manifest = bundles.describe("tflite", {}, meta, source)
+    (step,) = [step for step in manifest["preprocessing"] if step["step"] == "crop"]
+    for placing in (step, manifest["input"]["crop"]):
+        assert (placing["margin"], placing["up"]) == (0.06, 0.14)
+    manifest["licence"] = {"code": "MIT", "training_data": "", "allowed_use": ""}
+    told = " ".join(card.text(manifest).split())
+    assert (
+        "widened by 0.06 of the longer side" in told
+        and "its centre 0.14 of that side above the box" in told
+    )
 
 
 def test_input_output_and_preprocessing_are_data(make):
@@ -42,7 +60,7 @@ def test_input_output_and_preprocessing_are_data(make):
     assert taken["colour"].startswith("grey") and taken["crop"]["margin"] == 0.1
     assert given["labels"] == list("abcdefg") and given["range"] == [0, 1]
     steps = {step["step"]: step for step in manifest["preprocessing"]}
-    assert list(steps) == ["rotate", "colour", "crop", "resize", "cast"]
+    assert list(steps) == ["rotate", "flatten", "colour", "crop", "resize", "cast"]
     assert sum(steps["colour"]["weights"]) == pytest.approx(1)
     assert steps["resize"]["to"] == [16, 16] and steps["crop"]["margin"] == 0.1
     points = bundles.read(make("landmarks", name="other"))
@@ -96,7 +114,7 @@ def test_a_signed_manifest_of_another_kind_is_refused(make, change):
     manifest = json.loads((bundle / "manifest.json").read_text()) | change
     (bundle / "manifest.json").write_text(json.dumps(manifest))
     bundles.signatures.sign(bundle / "manifest.json", bundle / "manifest.sig")
-    with pytest.raises(GrimaceError, match=r"has schema 1, this code reads 2|is damaged"):
+    with pytest.raises(GrimaceError, match=r"has schema 1, this code reads 3|is damaged"):
         bundles.read(bundle)
 
 

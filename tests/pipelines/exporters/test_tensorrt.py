@@ -126,7 +126,7 @@ def test_an_unknown_target_is_answered_with_the_known_ones(bundle):
 def test_without_tensorrt_the_message_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorrt", None)
     monkeypatch.setitem(sys.modules, "tensorrt_rtx", None)
-    monkeypatch.setattr(tensorrt, "_capability_here", lambda: "sm87")
+    monkeypatch.setattr(tensorrt, "capability_here", lambda: "sm87")
     install = r"`pip install tensorrt` .*python3-libnvinfer` on a Jetson.*tensorrt-rtx-cu13`"
     with pytest.raises(GrimaceError, match=rf"for sm87, the GPU of this machine.*{install}"):
         tensorrt.find_tensorrt("sm87")

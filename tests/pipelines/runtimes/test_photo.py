@@ -9,6 +9,7 @@ import json
 import math
 import shutil
 import subprocess
+from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +20,7 @@ import pytest
 from PIL import Image
 
 from models import landmarks
-from pipelines import bundles
+from pipelines import bundles, lite
 from pipelines.crops import crop, decode, face_box
 from pipelines.datasets.example import Example
 from pipelines.datasets.faces import render
@@ -105,20 +106,24 @@ def prepared(encoded: bytes, points: np.ndarray, margin: float = MARGIN) -> np.n
     return crop(image, face_box(example, image.shape, margin), SIZE).astype(np.float32)
 
 
-def by_manifest(photo: Photo) -> np.ndarray:
-    """The crop as an application makes it that knows the manifest alone, by Pillow and NumPy."""
+def described(dataset: str) -> dict:
     meta = {"task": "landmarks", "size": SIZE, "channels": 3, "margin": MARGIN, "points": 68}
-    meta |= {"scheme": "iBUG-68", "dataset": "synthetic"}
-    manifest = bundles.describe("tflite", {}, meta, {})
-    steps = {step["step"]: step for step in manifest["preprocessing"]}
-    assert list(steps) == ["rotate", "colour", "crop", "resize", "cast"]
+    return bundles.describe("tflite", {}, meta | {"scheme": "iBUG-68", "dataset": dataset}, {})
+
+
+def by_manifest(photo: Photo, dataset: str = "synthetic") -> np.ndarray:
+    """The crop as an application makes it that knows the manifest alone, by Pillow and NumPy."""
+    steps = {step["step"]: step for step in described(dataset)["preprocessing"]}
+    assert list(steps) == ["rotate", "flatten", "colour", "crop", "resize", "cast"]
     stored = Image.open(io.BytesIO(photo.encoded))
     assert (steps["rotate"]["by"], stored.getexif()[0x0112]) == ("EXIF orientation", 6)
     assert steps["colour"]["to"] == "RGB" and stored.mode == "RGB"
     pixels = np.rot90(np.asarray(stored), -1)
     (left, top), (right, bottom) = photo.points.min(0), photo.points.max(0)
-    side = max(right - left, bottom - top) * (1 + 2 * steps["crop"]["margin"])
+    longer = max(right - left, bottom - top)
+    side = longer * (1 + 2 * steps["crop"]["margin"])
     x, y = (left + right + 1) / 2, (top + bottom + 1) / 2  # pixel centres are at whole numbers
+    y -= longer * steps["crop"]["up"]
     border = 200
     assert steps["crop"]["border"] == "replicate"
     padded = np.pad(pixels, ((border, border), (border, border), (0, 0)), "edge")
@@ -164,21 +169,31 @@ def test_the_crop_is_what_the_manifest_says(photo):
         assert np.abs(wrong - theirs).mean() > 6.0, name
 
 
-def test_the_page_crops_it_alike(photo, tmp_path):
+@pytest.mark.parametrize("dataset", ["synthetic", "fer2013"])  # fer2013: in its own framing
+def test_demo_and_page_crop_by_the_manifest(photo, dataset, tmp_path):
     image = decode(photo.encoded, channels=3)
     height, width = image.shape[:2]
     assert (height, width) == photo.upright.shape[:2]
     assert np.abs(image.astype(int) - photo.upright).mean() < 4  # what JPEG loses
     (tmp_path / "rgba").write_bytes(np.dstack([image, np.full((height, width), 255, np.uint8)]))
     example = Example("one", b"", landmarks=photo.points, visible=np.ones(68, bool))
-    box = face_box(example, image.shape, MARGIN)
+    face = face_box(example, image.shape, margin=0.0)
+    placing = described(dataset)["input"]["crop"]
     asked = {"path": str(tmp_path / "rgba"), "width": width, "height": height, "channels": 3}
-    asked["jobs"] = [[*box, SIZE]]
+    asked["jobs"] = [[*face, SIZE, placing]]
     done = subprocess.run(
         [NODE, PAGE_CROP], input=json.dumps(asked).encode(), capture_output=True, check=True
     )
     page = np.frombuffer(done.stdout, np.uint8).reshape(SIZE, SIZE, 3)
-    assert np.abs(page - prepared(photo.encoded, photo.points)).max() <= 1
+    taken: list[np.ndarray] = []
+    runtime = Namespace(input_shape=(SIZE, SIZE, 3), predict=lambda x: taken.append(x) or [0.0])
+    model = lite.Model("emotion", "int8", placing["margin"], placing["up"], (), runtime)
+    model.answer(image, face)
+    demo = taken[0][0].astype(int)
+    assert np.abs(page - demo).max() <= 1
+    assert np.abs(demo - by_manifest(photo, dataset)).mean() < 2.0
+    if dataset == "synthetic":
+        assert np.abs(demo - prepared(photo.encoded, photo.points)).max() <= 1
 
 
 @pytest.mark.parametrize(("graph", "runtime"), RUNS)
