@@ -231,8 +231,8 @@ def md5_of(path: Path) -> str:
             return hashlib.file_digest(file, "md5").hexdigest()
     if not path.is_dir():
         return ""
-    files = {file.relative_to(path).parts: file for file in path.rglob("*") if file.is_file()}
-    listed = [{"md5": md5_of(files[parts]), "relpath": "/".join(parts)} for parts in sorted(files)]
+    files = {file.relative_to(path).as_posix(): file for file in path.rglob("*") if file.is_file()}
+    listed = [{"md5": md5_of(files[name]), "relpath": name} for name in sorted(files)]
     return hashlib.md5(json.dumps(listed, sort_keys=True).encode()).hexdigest() + ".dir"
 
 

@@ -395,6 +395,19 @@ def test_landmarks_are_better_where_the_error_is_lower(params):
     assert not by_heart["validation and test"]["passed"]
 
 
+def test_checksums_are_those_of_dvc(noted, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("one.json", "one/two", "one-two/a", "z/y/x", "é"):  # DVC's order is of whole names
+        path = Path("out", name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(name)
+    noted("out")
+    lock = yaml.safe_load(Path("dvc.lock").read_text())
+    assert gate.md5_of(Path("out")) == lock["stages"]["verify@emotion"]["outs"][0]["md5"]
+    assert gate.md5_of(Path("out/one.json")) == hashlib.md5(b"one.json").hexdigest()
+    assert gate.md5_of(Path("nothing")) == ""
+
+
 def test_answers_count_only_for_their_model_and_faces(faces, tmp_path):
     outputs = said(faces, some(0.7))
     gate.save_answers(tmp_path / "answers.npz", faces, outputs, "m")
