@@ -841,6 +841,8 @@ class Override(_Section):
 class Gate(_Section):
     """What stands between a candidate and the alias `champion`.
 
+    No bound may be looser than `LOOSEST`: who needs that signs for it, with an override.
+
     Attributes:
         resamples: behind the paired intervals; their seed is evaluate.seed.
         emotion, landmarks: each task's bounds.
