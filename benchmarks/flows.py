@@ -5,11 +5,13 @@
 
 Each way of running has its own clone of this repository at HEAD, with its own DVC cache and MLflow
 store; the server and worker are those of `flows.up` in one of the clones, up before the clock
-starts. Times are those of the whole command, from the start of Python to its end. The ways take
-turns, so that what else the machine does falls on all alike. A flow does more than DVC: after
-`verify` it registers, judges and promotes; what those took is told apart, from its own table of
-stages. In the long row each run is started by the worker, one after the other, and finds nothing
-to do; memory is the resident set of the server and of the worker process without flow runs.
+starts. Times are those of the whole command, from the start of Python to its end. With nothing to
+do the ways take turns, so that what else the machine does falls on all alike; the run from nothing
+is done once each way, one after the other. A flow does more than DVC: after `verify` it registers,
+judges and promotes. What the first two took is told apart, from its own table of stages; the
+promotion is counted as the flow's own. In the long row each run is started by the worker, one after
+the other, and finds nothing to do; memory is the resident set of the server and of the worker
+process without flow runs.
 """
 
 import argparse

@@ -20,6 +20,8 @@ from pipelines.params import TaskName, load_params
 # After the imports of ours, which set what Prefect reads from the environment.
 from prefect import flow  # isort: skip
 from prefect.artifacts import create_markdown_artifact  # isort: skip
+from prefect.client.schemas.objects import FlowRun  # isort: skip
+from prefect.flows import Flow  # isort: skip
 from prefect.settings import PREFECT_API_URL  # isort: skip
 from prefect.states import Completed, Failed, State  # isort: skip
 
@@ -43,6 +45,10 @@ def main() -> None:
     parser.add_argument("--to", type=int, metavar="VERSION", help="a former champion to go back to")
     parser.add_argument("--why", default="", help="for the audit trail; asked for, unless --show")
     args = parser.parse_args()
+    if args.to is not None and not args.rollback:
+        parser.error("--to says where --rollback goes; what is promoted is named by --version")
+    if args.version is not None and (args.rollback or args.show):
+        parser.error("--version says what to promote; a rollback goes --to a version")
     if args.show:
         for task in [args.task] if args.task else TASKS:
             print(show(task))
@@ -66,11 +72,25 @@ def _state_of(served: bool) -> dict[str, Any]:
     return {"return_state": True} if served else {}
 
 
-@flow(name="promote", flow_run_name="promote {task}", on_crashed=[tell_failure])
+def tell_unless_refused(flow: Flow[Any, Any], flow_run: FlowRun, state: State[Any]) -> None:
+    """A hook for `on_failure`: of what was refused, the flow itself has told."""
+    if state.name == "Failed":
+        tell_failure(flow, flow_run, state)
+
+
+@flow(
+    name="promote",
+    flow_run_name="promote {task}",
+    on_failure=[tell_unless_refused],
+    on_crashed=[tell_failure],
+)
 def promote(
     task: TaskName, version: int | None = None, why: str = "", who: str = "Prefect"
 ) -> State[Any]:
     """Make a blessed version of `grimace-TASK` the champion.
+
+    What is refused ends Refused, or Stale where judging it anew may help; Failed tells that
+    nothing was decided.
 
     Args:
         task: whose model.
@@ -78,23 +98,30 @@ def promote(
         why: for the audit trail.
         who: asks for it.
     """
-    store = registry.Registry(load_params().tracking, task)
     try:
+        store = registry.Registry(load_params().tracking, task)
         if version is None:
             version = store.aliases().get("candidate")
         if version is None:
             raise GrimaceError(f"{store.name} has no candidate; register one first")
         event = store.promote(version, who, why)
-    except GrimaceError as error:
+    except (registry.RefusedError, registry.StaleBlessingError) as error:
         tell("rejected", task, str(error))
         stale = isinstance(error, registry.StaleBlessingError)
         return Failed(name="Stale" if stale else "Refused", message=str(error))
+    except GrimaceError as error:
+        return Failed(message=str(error))
     if event is None:
         return Completed(message=f"{store.name} version {version} is the champion already")
     return _moved(store, event)
 
 
-@flow(name="rollback", flow_run_name="roll back {task}", on_crashed=[tell_failure])
+@flow(
+    name="rollback",
+    flow_run_name="roll back {task}",
+    on_failure=[tell_failure],
+    on_crashed=[tell_failure],
+)
 def rollback(
     task: TaskName, to: int | None = None, why: str = "", who: str = "Prefect"
 ) -> State[Any]:
@@ -106,11 +133,10 @@ def rollback(
         why: for the audit trail.
         who: asks for it.
     """
-    store = registry.Registry(load_params().tracking, task)
     try:
+        store = registry.Registry(load_params().tracking, task)
         event = store.rollback(to, who, why)
     except GrimaceError as error:
-        tell("failed", f"rollback of {task}", str(error))
         return Failed(message=str(error))
     return _moved(store, event)
 

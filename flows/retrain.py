@@ -57,6 +57,7 @@ from flows.promote import TASKS, promote  # noqa: E402
 RESULTS = Path("reports/report/results.md")
 # Not stages of DVC: they depend on the champion, which is no file of the repository.
 AFTER_VERIFY = ("register", "gate")
+CHAMPION = "against the champion"  # the gate's row
 RETRIES = 2
 DOWNLOAD_RETRY_SECONDS = 20.0
 BUSY_RETRY_SECONDS = 3.0
@@ -185,9 +186,9 @@ def retrain(targets: list[str] | None = None, workers: int = 2, wait: bool = Fal
     Raises:
         GrimaceError: there is no dvc.yaml, or it cannot be read, or has no such target.
     """
-    upstream = stage_graph(targets)
     try:
         with in_workspace(wait) as lock:
+            upstream = stage_graph(targets)  # whoever was waited for may have changed it
             with Lifeline(lock) as lifeline:
                 runs = run_graph(upstream, workers, lifeline)
                 cancelled = lifeline.is_cut()
@@ -449,9 +450,20 @@ def stages_table(runs: list[StageRun]) -> str:
     return text + details
 
 
-def decide(runs: list[StageRun]) -> list[str]:
-    """Promote what the gate has blessed, tell of what it has not; say what came of each task."""
-    said = []
+class Decision(NamedTuple):
+    """What came of a task's candidate; one that has `failed` is decided on by the next run."""
+
+    said: str
+    failed: bool = False
+
+
+def decide(runs: list[StageRun]) -> list[Decision]:
+    """Promote what the gate has blessed, tell of what it has not.
+
+    What was promoted or refused is settled. Where the champion could not be asked or has changed
+    since, or the store was away, nothing was decided, and the next run judges again.
+    """
+    decisions = []
     for stage in (ended.stage for ended in runs if ended.state == "ran"):
         kind, _, name = stage.partition("@")
         if kind != "gate":
@@ -465,18 +477,20 @@ def decide(runs: list[StageRun]) -> list[str]:
         )
         if blessing["blessed"]:
             state = promote(judged, why="retrained and blessed", who="retrain", return_state=True)
-            said.append(f"{judged}: {state.message}")
-            decided = state.name != "Stale"  # else the next run judges again
+            promoted, refused = state.is_completed(), state.name == "Refused"
+            lost = not (promoted or refused or state.name == "Stale")
+            decisions.append(Decision(f"{judged}: {state.message or state.name}", lost))
         else:
             failed = [row for row in blessing["gates"] if not (row["passed"] or row["overridden"])]
             why = "\n".join(f"{row['name']}: {row['why']}" for row in failed)
             tell("rejected", judged, f"{len(failed)} gates failed\n{why}")
-            said.append(f"{judged}: rejected, {', '.join(row['name'] for row in failed)}")
-            # Without the champion nothing was decided: the next run judges again.
-            decided = blessing["champion"] is None or blessing["champion"]["version"] > 0
-        if decided:
-            settle(judged, load_params())
-    return said
+            names = ", ".join(row["name"] for row in failed)
+            decisions.append(Decision(f"{judged}: rejected, {names}"))
+            promoted = False
+            refused = all(row["value"] is not None for row in failed if row["name"] == CHAMPION)
+        if promoted or refused:
+            settle(judged, load_params(), promoted)
+    return decisions
 
 
 def task_named(name: str) -> TaskName:
@@ -487,20 +501,22 @@ def task_named(name: str) -> TaskName:
     raise GrimaceError(f"dvc.yaml: verify@{name}: there is no task of this name")
 
 
-def verdict(runs: list[StageRun], decisions: Sequence[str] = ()) -> State[None]:
-    """The state of the flow: cancelled or failed where any of its stages is."""
+def verdict(runs: list[StageRun], decisions: Sequence[Decision] = ()) -> State[None]:
+    """The state of the flow: cancelled or failed where any of its stages or promotions is."""
     counts = Counter(run.state for run in runs)
     summary = ", ".join(f"{counts[state]} {state}" for state in get_args(Ending) if counts[state])
     if counts["cancelled"]:
         return Cancelled(message=f"the run was cancelled ({summary})")
     messages = [run.message.splitlines() for run in runs if run.state == "failed"]
+    messages += [[f"promotion failed: {said}"] for said, failed in decisions if failed]
+    told = [said for said, failed in decisions if not failed]
     if messages:
         reasons = "; ".join(first for first, *_ in messages)
         last_lines = [line for _, *lines in messages for line in lines]
-        return Failed(message="\n".join([f"{reasons} ({summary})", *last_lines]))
+        return Failed(message="\n".join([f"{reasons} ({summary})", *told, *last_lines]))
     if counts["unchanged"] == len(runs):
         return Completed(message=f"nothing changed ({len(runs)} stages)")
-    return Completed(message="\n".join([f"{len(runs)} stages: {summary}", *decisions]))
+    return Completed(message="\n".join([f"{len(runs)} stages: {summary}", *told]))
 
 
 if __name__ == "__main__":

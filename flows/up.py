@@ -28,6 +28,7 @@ from rich.console import Console
 from flows.lock import alone
 from flows.retrain import SERVER_START_SECONDS, answers
 from flows.supervise import is_alive
+from pipelines import tracking
 from pipelines.cli import GrimaceError, run
 from pipelines.params import load_params
 
@@ -41,7 +42,7 @@ from prefect.client.schemas.filters import (  # isort: skip
     WorkPoolFilter,
     WorkPoolFilterName,
 )
-from prefect.client.schemas.objects import StateType  # isort: skip
+from prefect.client.schemas.objects import StateType, WorkerStatus  # isort: skip
 from prefect.exceptions import ObjectAlreadyExists  # isort: skip
 from prefect.settings import PREFECT_API_URL, temporary_settings  # isort: skip
 from prefect.states import Crashed, State  # isort: skip
@@ -166,8 +167,8 @@ def wanted() -> list[str]:
 
 
 def tracking_uri() -> str:
-    """Where MLflow keeps its records, as `pipelines.tracking` decides."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or load_params().tracking.uri
+    """Where MLflow keeps its records."""
+    return tracking.address(load_params().tracking)
 
 
 def launch(name: str, parts: Mapping[str, Part], port: int = 0) -> Part:
@@ -380,8 +381,17 @@ def prepare(client: SyncPrefectClient) -> None:
 def release(client: SyncPrefectClient) -> None:
     """Tell Prefect of flow runs whose processes were killed: they would hold the queue for ever.
 
-    Only for a time at which no worker runs.
+    Only for a time at which no worker runs here. Prefect does not tell which worker has a run, so
+    where another machine's is at work, none is touched.
     """
+    others = sorted(
+        worker.name
+        for worker in client.read_workers_for_work_pool(POOL)
+        if worker.status == WorkerStatus.ONLINE and worker.name != socket.gethostname()
+    )
+    if others:
+        print(f"Runs on the pool {POOL} are left as they are: {', '.join(others)} may have them.")
+        return
     at_work = [StateType.PENDING, StateType.RUNNING, StateType.CANCELLING]
     for dead in client.read_flow_runs(
         flow_run_filter=FlowRunFilter(

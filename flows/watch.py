@@ -20,6 +20,8 @@ Events, for the triggers of deployments (`type: event` in prefect.yaml; `expect`
 
 Each is sent once for each version or batch. A look that is killed just after sending sends it again
 with the same id, which Prefect keeps once; at worst another retrain finds that nothing changed.
+What could not be measured of a batch is tried again by later looks, three times in all; drift that
+is found then is an event of its own.
 """
 
 import argparse
@@ -52,8 +54,17 @@ from flows.notify import tell, tell_failure  # isort: skip
 
 REPORTS = Path("reports/drift")
 NEW, DRIFT = "grimace.data.new", "grimace.data.drift"
+TRIES = 3  # of a batch whose drift cannot be measured
 
 Trigger = Literal["event", "retrain", "none"]
+
+
+class Measured(NamedTuple):
+    """What came of a batch: the reason to retrain, a line a task, whether all were measured."""
+
+    reason: "Reason | None"
+    lines: Sequence[str]
+    whole: bool
 
 
 class Reason(NamedTuple):
@@ -129,8 +140,8 @@ def watch(trigger: Trigger = "event") -> State[Any]:
     batches = journal.pending_batches()
     with Lifeline() as lifeline:
         drifts = [measure(batch, params, lifeline) for batch in batches]
-    said += [told for _, lines in drifts for told in lines]
-    reasons = [reason for reason, _ in drifts if reason]
+    said += [told for drift in drifts for told in drift.lines]
+    reasons = [drift.reason for drift in drifts if drift.reason]
     records = journal.pending_versions()
     learning = [name for name in TASKS if params.tasks.named(name).dataset == OWN]
     if records and not learning:
@@ -151,8 +162,11 @@ def watch(trigger: Trigger = "event") -> State[Any]:
         for record in records:
             journal.told_of_version(record["version"])
     if settled:
-        for batch in batches:
-            journal.told_of_batch(batch)
+        for batch, drift in zip(batches, drifts, strict=True):
+            if drift.whole or (tries := journal.tried(batch)) >= TRIES:
+                journal.told_of_batch(batch)
+            else:
+                said.append(f"{batch} will be measured again ({tries} of {TRIES} tries)")
     if seen.version or seen.batch or seen.quarantined or drifts or records:
         create_markdown_artifact(
             "\n".join(f"- {line}" for line in said),
@@ -175,15 +189,11 @@ def look(params: Params) -> landing.Look:
     return seen
 
 
-def measure(batch: str, params: Params, lifeline: Lifeline) -> tuple[Reason | None, Sequence[str]]:
-    """Measure the drift of a batch for each task, unless it was measured before.
-
-    Returns:
-        The reason to retrain, None without drift; and a line a task.
-    """
+def measure(batch: str, params: Params, lifeline: Lifeline) -> Measured:
+    """Measure the drift of a batch for each task, unless it was measured before."""
     moved: dict[str, list[str]] = {}
     reports: dict[str, str] = {}
-    images, lines = 0, []
+    images, lines, whole = 0, [], True
     for name in TASKS:
         out = REPORTS / name / batch
         wrong = ""
@@ -192,6 +202,7 @@ def measure(batch: str, params: Params, lifeline: Lifeline) -> tuple[Reason | No
         if wrong:
             tell("failed", f"drift of {batch}", f"{name}: {wrong}")
             lines.append(f"drift for {name} could not be measured: {wrong}")
+            whole = False
             continue
         result = json.loads((out / "drift.json").read_text())
         names = [row["name"] for row in result["statistics"] if row["drifted"]]
@@ -202,8 +213,9 @@ def measure(batch: str, params: Params, lifeline: Lifeline) -> tuple[Reason | No
         said = ", ".join(names) or uncomputed or "none"
         lines.append(f"drift of {batch} from what {name} was trained on: {said} ({out})")
     payload = {"batch": batch, "images": images, "drift": moved, "reports": reports}
-    reason = Reason(DRIFT, "grimace.data.unlabelled", batch, payload) if moved else None
-    return reason, lines
+    key = "/".join([batch, *moved])
+    reason = Reason(DRIFT, "grimace.data.unlabelled", key, payload) if moved else None
+    return Measured(reason, lines, whole)
 
 
 @task(task_run_name="drift {name} {batch}", cache_policy=NO_CACHE)

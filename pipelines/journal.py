@@ -249,6 +249,14 @@ def told_of_version(number: int) -> None:
     (VERSIONS / f"{number:04d}{PENDING}").unlink(missing_ok=True)
 
 
+def tried(batch: str) -> int:
+    """Note that a batch could not be measured; return how often by now."""
+    marker = UNLABELLED / f"{batch}{PENDING}"
+    count = int(marker.read_text() or 0) + 1
+    marker.write_text(str(count))
+    return count
+
+
 def told_of_batch(batch: str) -> None:
-    """Note that a batch was measured."""
+    """Note that a batch was measured, or never will be."""
     (UNLABELLED / f"{batch}{PENDING}").unlink(missing_ok=True)

@@ -6,8 +6,11 @@ patch; and what `download` said of each archive.
 """
 
 import json
+import os
+import shlex
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from shutil import copyfile
 from typing import Any
@@ -18,6 +21,7 @@ from pipelines.cli import GrimaceError
 
 FOLDER = Path("lineage")  # within a version's files
 PATCH = "uncommitted.patch"
+CODE = ("flows", "pipelines", "models")
 
 
 def keep(folder: Path) -> None:
@@ -27,22 +31,51 @@ def keep(folder: Path) -> None:
         GrimaceError: this is no Git repository, or DVC has no record of its stages.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    for name in ("dvc.lock", "dvc.yaml", "params.yaml"):
-        if not Path(name).is_file():
-            raise GrimaceError(f"{name} is missing in {Path.cwd()}; run `dvc repro` there first")
-        copyfile(name, folder / name)
+    with _dvc_at_rest():
+        for name in ("dvc.lock", "dvc.yaml", "params.yaml"):
+            if not Path(name).is_file():
+                raise GrimaceError(
+                    f"{name} is missing in {Path.cwd()}; run `dvc repro` there first"
+                )
+            copyfile(name, folder / name)
     for report in sorted(Path("reports/download").glob("*.json")):
         copyfile(report, folder / f"download-{report.name}")
     code = {"commit": _git("rev-parse", "HEAD").strip()}
     (folder / "code.json").write_text(json.dumps(code) + "\n")
     patch = _git("diff", "HEAD", "--binary")
+    # A module that is imported counts, whether or not Git was told of it.
+    for path in _git("ls-files", "-z", "--others", "--exclude-standard", "--", *CODE).split("\0"):
+        if path:
+            patch += _git("diff", "--binary", "--no-index", "--", "/dev/null", path, fine=1)
     if patch:
         (folder / PATCH).write_text(patch)
 
 
-def _git(*arguments: str) -> str:
+@contextmanager
+def _dvc_at_rest() -> Iterator[None]:
+    """Keep DVC from writing dvc.lock, which it does not do in one step; other stages may run."""
+    if not Path(".dvc").is_dir():
+        yield
+        return
+    from dvc.lock import Lock
+
+    locks = Path(".dvc/tmp").absolute()
+    locks.mkdir(exist_ok=True)
+    with Lock(str(locks / "lock"), wait=True):
+        yield
+
+
+def read_lock() -> dict[str, Any]:
+    """Return the stages of dvc.lock, none where there is no such file."""
+    with _dvc_at_rest():
+        path = Path("dvc.lock")
+        return dict(yaml.safe_load(path.read_text())) if path.is_file() else {"stages": {}}
+
+
+def _git(*arguments: str, fine: int = 0) -> str:
+    """Return what Git says; it may end with the code `fine`."""
     answer = subprocess.run(["git", *arguments], capture_output=True, text=True, check=False)
-    if answer.returncode:
+    if answer.returncode not in (0, fine):
         raise GrimaceError(
             f"git {arguments[0]}: {answer.stderr.strip()}. Without a commit a model cannot be made "
             "again: register from a Git repository"
@@ -114,4 +147,6 @@ def lines_of(folder: Path, task: str) -> list[str]:
 
 def command(task: str, number: int) -> str:
     """Return the one command that makes a registered model again and compares."""
-    return f"uv run python -m pipelines.reproduce --task {task} --version {number}"
+    named = os.environ.get("GRIMACE_ARCHIVES")
+    archives = f"GRIMACE_ARCHIVES={shlex.quote(str(Path(named).absolute()))} " if named else ""
+    return f"{archives}uv run python -m pipelines.reproduce --task {task} --version {number}"

@@ -795,6 +795,28 @@ class GateTask(_Section):
         return value
 
 
+# The loosest that params.yaml may be; a candidate that needs more is signed for, by an override.
+LOOSEST: dict[TaskName, dict[str, Any]] = {
+    "emotion": {
+        "floors": {"accuracy": 0.5, "macro_f1": 0.4},
+        "slice_floor": 0.2,
+        "margin": 0.02,
+        "above_validation": 0.05,
+        "answers": 0.4,
+    },
+    "landmarks": {
+        "floors": {"nme_interocular": 0.15},
+        "slice_floor": 0.25,
+        "margin": 0.003,
+        "above_validation": 0.01,
+        "answers": 0.4,
+    },
+}
+# The same of what a deployable may lose: points of accuracy, a fraction of the NME.
+MOST_LOST: dict[TaskName, float] = {"emotion": 1.0, "landmarks": 0.02}
+MOST_LOST_DRAWN: dict[TaskName, float] = {"emotion": 1.5, "landmarks": 0.02}
+
+
 class Override(_Section):
     """A gate that a person lets one candidate pass, and answers for.
 
@@ -819,6 +841,8 @@ class Override(_Section):
 class Gate(_Section):
     """What stands between a candidate and the alias `champion`.
 
+    No bound may be looser than `LOOSEST`: who needs that signs for it, with an override.
+
     Attributes:
         resamples: behind the paired intervals; their seed is evaluate.seed.
         emotion, landmarks: each task's bounds.
@@ -829,6 +853,16 @@ class Gate(_Section):
     emotion: GateTask
     landmarks: GateTask
     overrides: tuple[Override, ...] = ()
+
+    @model_validator(mode="after")
+    def _as_strict_as_it_has_to_be(self) -> Self:
+        tasks: tuple[TaskName, ...] = ("emotion", "landmarks")
+        for task in tasks:
+            if wrong := _too_loose(self.named(task), LOOSEST[task], 1 if task == "emotion" else -1):
+                raise ValueError(
+                    f"{task}.{wrong}; a candidate that needs more is signed for in gate.overrides"
+                )
+        return self
 
     def named(self, task: TaskName) -> GateTask:
         """Return the section of one task."""
@@ -961,6 +995,22 @@ class Params(_Section):
                 if wrong := _untriable(self.train.jobs[name], field, tried):
                     raise ValueError(f"sweep.jobs.{name}.{field}: {wrong}")
         return self
+
+
+def _too_loose(bounds: GateTask, loosest: Mapping[str, Any], sign: int) -> str:
+    """Say which bound is looser than it may be, "" where none is; sign: 1 where high is good."""
+    for name, limit in loosest["floors"].items():
+        if name not in bounds.floors:
+            return f"floors has no {name}"
+        if sign * bounds.floors[name] < sign * limit:
+            return f"floors.{name} is {bounds.floors[name]:g}, {limit:g} is the loosest"
+    if sign * bounds.slice_floor < sign * loosest["slice_floor"]:
+        return f"slice_floor is {bounds.slice_floor:g}, {loosest['slice_floor']:g} is the loosest"
+    widths = {name: getattr(bounds, name) for name in ("margin", "above_validation")}
+    for name, value in {**widths, "answers": max(bounds.answers.values())}.items():
+        if value > loosest[name]:
+            return f"{name} is {value:g}, {loosest[name]:g} is the most"
+    return ""
 
 
 def varied(job: TrainJob, values: Mapping[str, Any]) -> TrainJob:

@@ -4,22 +4,28 @@ A version carries all that it takes to use, judge and make it again: the Keras m
 `models:/grimace-emotion@champion`), the bundles, reports, lineage and its blessing. It comes to be
 in one step, when everything is there.
 
-The alias `champion` decides alone. It moves in one transaction of the store, after all else has
-been written, so that a promotion or rollback that is killed leaves either the old champion or the
-new one. The audit trail, in tags of the registered model, is written before: an entry whose move
-never came is told from one that did by the next entry, or by where the alias is.
+The alias `champion` decides alone. It moves in one transaction of the store, so that a promotion or
+rollback that is killed leaves either the old champion or the new one. The audit trail, in tags of
+the registered model, is written before: an entry whose move never came is told from one that did by
+the next entry, or by where the alias is. `previous` follows from the trail and is set after; where
+a kill came between, the next promotion or rollback sets it.
+
+Moves are kept apart by a lock in the working copy. A store that several working copies share has
+one of them to promote in.
 """
 
 import fcntl
 import getpass
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from uuid import uuid4
 
 from pipelines import tracking
 from pipelines.cli import GrimaceError
@@ -57,6 +63,10 @@ class Event(NamedTuple):
     when: str
     why: str
     overrides: list[dict[str, str]]
+
+
+class RefusedError(GrimaceError):
+    """A version may not become champion, and asking again will change nothing."""
 
 
 class StaleBlessingError(GrimaceError):
@@ -262,7 +272,20 @@ class Registry:
         self.client.set_registered_model_alias(self.name, "candidate", str(number))
 
     def attach(self, number: int, folder: Path) -> None:
-        """Add a folder with a blessing.json to a version; the tag set last makes it valid."""
+        """Add a folder with a blessing.json to a version; the tag set last makes it valid.
+
+        Raises:
+            GrimaceError: the version was made champion meanwhile, on the blessing that it had.
+        """
+        with self._alone():
+            if number in {move.after for move in self.moves()}:
+                raise GrimaceError(
+                    f"{self.name} version {number} was made champion while it was judged again; "
+                    "the blessing that it has stays"
+                )
+            self._attach(number, folder)
+
+    def _attach(self, number: int, folder: Path) -> None:
         version = self.version(number)
         path = folder / "blessing.json"
         blessing = json.loads(path.read_text())
@@ -286,10 +309,12 @@ class Registry:
             The entry of the audit trail; None where it is the champion already.
 
         Raises:
-            GrimaceError: it is not blessed, or for other bytes or against another champion; it is
-                older than the champion; it was rolled back; or the champion is lost.
+            RefusedError: it is not blessed, is older than the champion, or was rolled back.
+            StaleBlessingError: it was judged against another champion.
+            GrimaceError: it holds other bytes than were blessed; it or the champion is lost.
         """
         with self._alone():
+            self._set_previous()
             champion = self.champion(retrying=number)
             if champion == number:
                 return None
@@ -303,7 +328,7 @@ class Registry:
                 if row["overridden"]
             ]
             event = Event("promote", champion, number, who, _now(), why[:1000], overrides)
-            self._move(event, previous=champion)
+            self._move(event)
             return event
 
     def rollback(self, to: int | None, who: str, why: str) -> Event:
@@ -315,6 +340,7 @@ class Registry:
             GrimaceError: there is none, it never was champion, or its files are not whole.
         """
         with self._alone():
+            self._set_previous()
             champion, moves = self.aliases().get("champion"), self.moves()
             if to is None:
                 if champion is None:
@@ -333,19 +359,19 @@ class Registry:
                 )
             self.check_bytes(to, self.blessing(to))
             event = Event("rollback", champion, to, who, _now(), why[:1000], [])
-            self._move(event, previous=self.before(to))
+            self._move(event)
             return event
 
     def _refuse_if_older(self, number: int, champion: int | None) -> None:
         if champion is not None and number < champion:
-            raise GrimaceError(
+            raise RefusedError(
                 f"{self.name} version {number} is older than the champion, version {champion}; "
                 f"only a rollback goes back: `python -m flows.promote --task {self.task} "
                 f"--rollback --to {number}`"
             )
         left = [event for event in self.moves() if event.before == number]
         if left and left[-1].action == "rollback":
-            raise GrimaceError(
+            raise RefusedError(
                 f"{self.name} version {number} was rolled back by {left[-1].who} on "
                 f"{left[-1].when} ({left[-1].why}). `python -m flows.promote --task {self.task} "
                 f"--rollback --to {number}` brings it back where that was a mistake"
@@ -358,7 +384,7 @@ class Registry:
         rows = blessing["gates"]
         failed = [row["name"] for row in rows if not (row["passed"] or row["overridden"])]
         if failed or not rows or not blessing["blessed"]:
-            raise GrimaceError(
+            raise RefusedError(
                 f"{self.name} version {number} is not blessed: it fails "
                 f"{', '.join(failed) or 'to have gates'}. See {self.fetch(number)}/blessing.json"
             )
@@ -371,15 +397,24 @@ class Registry:
                 f"`python -m pipelines.gate --task {self.task}`"
             )
 
-    def _move(self, event: Event, previous: int | None) -> None:
-        """Write the trail, then `previous`, and `champion` last."""
-        key = f"{AUDIT}{len(self.trail()) + 1:05d}"
+    def _move(self, event: Event) -> None:
+        """Write the trail, then move `champion`, and `previous` after it."""
+        # What another working copy writes at the same time must not take this entry's place.
+        key = f"{AUDIT}{len(self.trail()) + 1:05d}-{uuid4().hex[:8]}"
         self.client.set_registered_model_tag(self.name, key, json.dumps(event._asdict()))
-        if previous is not None:
-            self.client.set_registered_model_alias(self.name, "previous", str(previous))
-        elif "previous" in self.aliases():
-            self.client.delete_registered_model_alias(self.name, "previous")
         self.client.set_registered_model_alias(self.name, "champion", str(event.after))
+        self._set_previous()
+
+    def _set_previous(self) -> None:
+        """Put `previous` on the version that the champion took the place of."""
+        aliases = self.aliases()
+        champion, now = aliases.get("champion"), aliases.get("previous")
+        if champion is None or (wanted := self.before(champion)) == now:
+            return
+        if wanted is None:
+            self.client.delete_registered_model_alias(self.name, "previous")
+        else:
+            self.client.set_registered_model_alias(self.name, "previous", str(wanted))
 
     def _tag(self, number: int, key: str, value: str) -> None:
         self.client.set_model_version_tag(self.name, str(number), key, value)
@@ -449,24 +484,49 @@ def bytes_of(task: str) -> dict[str, str]:
     return {name: tracking.sha256(path) for name, path in {"model.keras": model, **found}.items()}
 
 
-def standing(task: TaskName, params: Params) -> str:
-    """Return one SHA-256 for all that a verdict on what is here now rests on, champion apart."""
+def _standing(task: TaskName, params: Params, against: int | None) -> str:
+    """Return one SHA-256 for all that a verdict on what is here now rests on.
+
+    That is candidate, reports and bounds; the store, whose password may change; and, of a
+    candidate that was rejected, the champion it was held against.
+    """
     verified = Path("reports/verify", task)
     reports = {
         path.name: tracking.sha256(path) for path in sorted(verified.glob("*")) if path.is_file()
     }
-    bounds = [params.gate.model_dump_json(), params.tracking.model_dump_json()]
+    store = re.sub(r"(?<=://)[^/]*@", "", tracking.address(params.tracking))
+    rest = [params.gate.model_dump_json(), store, against]
     return digest(
-        {**bytes_of(task), **{f"reports/{k}": v for k, v in reports.items()}, "": str(bounds)}
+        {**bytes_of(task), **{f"reports/{k}": v for k, v in reports.items()}, "": str(rest)}
     )
 
 
 def is_settled(task: TaskName, params: Params) -> bool:
-    """Whether what is here now was promoted or rejected already, as `settle` noted."""
-    note = Path("reports/gate", f"{task}.settled")
-    return note.is_file() and note.read_text() == standing(task, params)
+    """Whether what is here now was promoted or rejected already, as `settle` noted.
+
+    What was promoted stays settled whoever is champion by now, or it would come back by itself
+    after it was rolled back. What was rejected is settled as long as the champion stays.
+
+    Raises:
+        GrimaceError: it was rejected, and the store does not say who is champion.
+    """
+    note = _note(task)
+    if not note.is_file():
+        return False
+    noted = note.read_text()
+    if noted == _standing(task, params, None):
+        return True
+    champion = Registry(params.tracking, task).aliases().get("champion", 0)
+    return noted == _standing(task, params, champion)
 
 
-def settle(task: TaskName, params: Params) -> None:
-    """Note that what is here now was promoted or rejected."""
-    Path("reports/gate", f"{task}.settled").write_text(standing(task, params))
+def settle(task: TaskName, params: Params, promoted: bool) -> None:
+    """Note that what is here now was promoted, or rejected beside the champion that there is."""
+    champion = None
+    if not promoted:
+        champion = Registry(params.tracking, task).aliases().get("champion", 0)
+    _note(task).write_text(_standing(task, params, champion))
+
+
+def _note(task: TaskName) -> Path:
+    return Path("reports/gate", f"{task}.settled")

@@ -42,7 +42,7 @@ def connect(settings: Tracking, task: str) -> "mlflow.MlflowClient":
     import mlflow
     from mlflow.exceptions import MlflowException
 
-    uri = os.environ.get("MLFLOW_TRACKING_URI") or settings.uri
+    uri = address(settings)
     try:
         mlflow.set_tracking_uri(uri)
         _use_experiment(f"grimace-{task}", _artefacts_beside(uri))
@@ -52,6 +52,11 @@ def connect(settings: Tracking, task: str) -> "mlflow.MlflowClient":
             "MLFLOW_TRACKING_URI where that is set."
         ) from None
     return mlflow.MlflowClient()
+
+
+def address(settings: Tracking) -> str:
+    """Return where MLflow keeps its records: MLFLOW_TRACKING_URI, or what params.yaml says."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or settings.uri
 
 
 class Journal:

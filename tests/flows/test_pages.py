@@ -84,8 +84,8 @@ def test_the_compare_page_shows_what_decides(service, told, open_page) -> None:
     tags = rows(page)
     assert tags["grimace.version"] == ["1", "2"]
     first, second = tags["grimace.gates"]
-    assert first.startswith("blessed on 9 gates (absolute bounds alone")
-    assert second.startswith("blessed on 11 gates (absolute bounds, and the champion, version 1")
+    assert first.startswith("blessed on 10 gates (absolute bounds alone")
+    assert second.startswith("blessed on 12 gates (absolute bounds, and the champion, version 1")
 
 
 def rows(page: Any) -> dict[str, list[str]]:

@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -13,6 +14,7 @@ import mlflow
 import pytest
 import yaml
 from dvc.repo import Repo
+from mlflow.exceptions import MlflowException
 from prefect import flow, get_client
 from prefect.blocks.notifications import CustomWebhookNotificationBlock
 from prefect.client.schemas.filters import (
@@ -22,11 +24,12 @@ from prefect.client.schemas.filters import (
 )
 from prefect.client.schemas.objects import FlowRun
 from prefect.client.schemas.sorting import FlowRunSort
+from prefect.states import State
 
 from flows import notify
 from flows.notify import tell_failure
 from flows.promote import main, promote, rollback, show
-from flows.retrain import StageRun, decide, retrain, stage_graph
+from flows.retrain import Decision, StageRun, decide, retrain, stage_graph, verdict
 from pipelines import registry
 from pipelines.params import load_params
 
@@ -106,14 +109,15 @@ def test_promote_roll_back_show_and_who_is_told(shop, heard):
     assert "| rollback | 3 | 1 | Eve | blinks |" in show("emotion")
     assert rollback("emotion", why="more", return_state=True).is_failed()
     assert [body["subject"] for body in heard] == [
-        "grimace.rejected emotion",
+        "grimace.failed promote",
         "grimace.promoted emotion",
         "grimace.rejected emotion",
         "grimace.promoted emotion",
         "grimace.rolled_back emotion",
-        "grimace.failed rollback of emotion",
+        "grimace.failed rollback",
     ]
     assert "Eve: blinks" in heard[4]["text"]
+    assert heard[5]["text"].startswith("roll back emotion: ")
 
 
 def test_a_failed_flow_is_told_and_a_dead_webhook_stops_nothing(shop, heard, caplog):
@@ -159,6 +163,11 @@ def test_mistakes_are_told_clearly(monkeypatch, capsys):
     for arguments, said in (
         (["--task", "emotion"], "--task and --why are needed"),
         (["--task", "emotion", "--why", "x", "--force"], "unrecognized arguments: --force"),
+        (["--task", "emotion", "--why", "x", "--to", "1"], "--to says where --rollback goes"),
+        (
+            ["--task", "emotion", "--why", "x", "--rollback", "--version", "1"],
+            "a rollback goes --to a version",
+        ),
     ):
         monkeypatch.setattr(sys, "argv", ["promote", *arguments])
         with pytest.raises(SystemExit):
@@ -222,7 +231,7 @@ def test_retrain_ends_with_register_gate_and_promotion(shop, heard, monkeypatch)
 @pytest.mark.usefixtures("prefect_server")
 def test_what_is_decided_once_stays_decided(shop):
     @flow
-    def deciding() -> list[str]:
+    def deciding() -> list[Decision]:
         return decide([StageRun("verify@emotion", "ran", 1), StageRun("gate@emotion", "ran", 1)])
 
     def is_settled() -> bool:
@@ -230,7 +239,8 @@ def test_what_is_decided_once_stays_decided(shop):
 
     shop.candidate(0.5)
     assert not is_settled()
-    assert deciding() == ["emotion: grimace-emotion: champion is version 1, before: none"]
+    said = "emotion: grimace-emotion: champion is version 1, before: none"
+    assert deciding() == [(said, False)]
     assert is_settled()
     shop.change_params(lambda values: values["gate"]["emotion"].update(margin=0.01))
     assert not is_settled()  # under other bounds it may be decided otherwise
@@ -238,14 +248,57 @@ def test_what_is_decided_once_stays_decided(shop):
     shop.candidate(0.9, 3)
     shop.store().promote(3, "Ada", "")
     shop.store().rollback(1, "Ada", "")
-    assert "version 3 was rolled back by Ada" in deciding()[0]
+    assert "version 3 was rolled back by Ada" in deciding()[0].said
     assert is_settled()
     # Another champion since it was judged: to be judged again.
     shop.candidate(0.65, 4)
     shop.store().rollback(3, "Ada", "a mistake")
-    assert "judged against version 1, and now version 3 is" in deciding()[0]
+    assert "judged against version 1, and now version 3 is" in deciding()[0].said
+    assert not is_settled()
+    # Rejected beside one champion, it may be good enough for another.
+    shop.judge()
+    assert deciding()[0].said.startswith("emotion: rejected, against the champion")
+    assert is_settled()
+    shop.store().rollback(1, "Ada", "no mistake")
     assert not is_settled()
     shop.store().client.delete_registered_model_alias("grimace-emotion", "champion")
     shop.judge()
-    assert deciding() == ["emotion: rejected, against the champion, slices against the champion"]
+    lost = "emotion: rejected, against the champion, slices against the champion"
+    assert deciding() == [(lost, False)]
     assert not is_settled()
+
+
+@pytest.mark.usefixtures("prefect_server")
+@pytest.mark.parametrize("how", ["no store", "no answer"])
+def test_a_store_that_is_away_decides_nothing(shop, how, monkeypatch):
+    shop.candidate(0.7)
+    runs = [StageRun("gate@emotion", "ran", 1)]
+
+    @flow
+    def deciding() -> State[Any]:
+        return verdict(runs, decide(runs))
+
+    with monkeypatch.context() as patch:
+        if how == "no store":
+            patch.setenv("MLFLOW_TRACKING_URI", "sqlite:////no/such/folder/mlflow.db")
+        else:
+
+            def away(*_: object) -> None:
+                raise MlflowException("the server is away")
+
+            patch.setattr(registry.Registry, "promote", away)
+        state = deciding(return_state=True)
+    assert state.is_failed() and state.message.startswith("promotion failed: emotion: ")
+    assert not registry.is_settled("emotion", load_params())
+    assert shop.store().champion() is None
+    state = deciding(return_state=True)
+    assert state.message.endswith("champion is version 1, before: none")
+    assert registry.is_settled("emotion", load_params())
+    # Another store has not heard of it; another password makes no other store.
+    shutil.copy("mlflow.db", "other.db")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{shop.root}/other.db")
+    assert not registry.is_settled("emotion", load_params())
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "postgresql://ada:old@db:5432/mlflow")
+    registry.settle("emotion", load_params(), promoted=True)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "postgresql://ada:new@db:5432/mlflow")
+    assert registry.is_settled("emotion", load_params())

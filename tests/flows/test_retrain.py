@@ -363,7 +363,14 @@ def test_cancelling_leaves_nothing_behind(
     prefect_server: str,
     tmp_path: Path,
 ) -> None:
-    repository({"a": stage(ENDLESS, ["a"]), "b": stage("touch b", ["b"], ["a"])})
+    endless = f"[ -e go ] || {{ {ENDLESS}; }}; touch b"
+    repository(
+        {
+            "a": stage("echo x >> tries; touch a", ["a"]),
+            "b": stage(endless, ["b"], ["a"]),
+            "c": stage("touch c", ["c"], ["b"]),
+        }
+    )
     # Ctrl-C and SIGKILL with a temporary server, which has to go as well, and not too early.
     if temporary := how in ("SIGINT", "SIGKILL"):
         process = start_flow(PREFECT_API_URL="", PREFECT_HOME=str(tmp_path / "prefect"))
@@ -390,8 +397,12 @@ def test_cancelling_leaves_nothing_behind(
     if not temporary:
         states = {"Prefect": "Cancelled", "SIGTERM": "Crashed"}
         assert last_flow_run().state_name == states[how]
-    assert not Path("b").exists()
-    assert set(dvc_status()) == {"a", "b"}  # nothing corrupt, the rest still to be done
+    assert not Path("c").exists()
+    assert set(dvc_status()) == {"b", "c"}  # nothing corrupt, the rest still to be done
+    if how in ("Prefect", "SIGKILL"):
+        Path("go").touch()
+        assert retrain(return_state=True).message == "3 stages: 2 ran, 1 unchanged"
+        assert Path("tries").read_text() == "x\n"
 
 
 def wait_until(

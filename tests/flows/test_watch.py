@@ -211,7 +211,9 @@ def test_a_retrain_that_finds_the_workspace_held_is_asked_for_again(
     assert look("retrain") == "nothing new has landed"  # what failed is not tried for ever
 
 
-def test_drift_of_pictures_without_labels_is_one_event_a_batch() -> None:
+def test_drift_of_pictures_without_labels_is_one_event_a_batch(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     faces = list(synthetic.examples(70, 5))
     write_faces(faces)
     for number, face in enumerate(list(synthetic.examples(70, 6))[:30]):
@@ -219,7 +221,7 @@ def test_drift_of_pictures_without_labels_is_one_event_a_batch() -> None:
         dark = cv2.imencode(".png", (image * 0.3).astype(np.uint8))[1].tobytes()
         drop(f"{number}.png", dark, UNLABELLED)
     said = look()
-    (batch,) = [path.name for path in journal.UNLABELLED.iterdir()]
+    (batch,) = [path.name for path in journal.UNLABELLED.iterdir() if path.is_dir()]
     assert f"30 pictures without labels in data/unlabelled/{batch}" in said
     assert "drift for emotion could not be measured: data/clean/folder or" in said
     (event,) = events(DRIFT)
@@ -229,7 +231,20 @@ def test_drift_of_pictures_without_labels_is_one_event_a_batch() -> None:
     assert Path(payload["reports"]["landmarks"], "index.html").is_file()
     result = json.loads(Path(payload["reports"]["landmarks"], "drift.json").read_text())
     assert result["statistics"][-1]["why"] == "there is no champion and no candidate yet"
+
+    # What could not be measured is tried again, but not for ever, and told once.
+    tried: list[str] = []
+
+    def in_vain(batch: str, name: str, *_: object) -> str:
+        tried.append(name)
+        return "the disk is full"
+
+    monkeypatch.setattr("flows.watch.measure_task", in_vain)
+    assert said.endswith(f"{batch} will be measured again (1 of 3 tries)")
+    assert "could not be measured: the disk is full" in look()
+    assert tried == ["emotion"] and "again" not in look()
     assert look() == "nothing new has landed"
+    assert tried == ["emotion"] * 2
     assert len(events(DRIFT)) == 1
 
 

@@ -25,6 +25,7 @@ DEPLOYABLES = ("tflite/float32", "tflite/int8")
 GATE = {"value": 0.2, "bound": 1.0, "passed": True, "why": "loses 0.20, 1.00 allowed"}
 ALWAYS = [
     "bytes",
+    "records",
     "unseen faces",
     "floor: accuracy",
     "floor: macro_f1",
@@ -109,6 +110,7 @@ def candidate_of(outputs: np.ndarray | None, accuracy: float, **changes: Any) ->
             "ci95": {"accuracy": [accuracy - 0.03, accuracy + 0.03]},
         },
         "known": frozenset({"train-1", "train-2", "somebody"}),
+        "recorded": {"reports/verify/emotion": ("d.dir", "d.dir")},
     }
     return Candidate(**(values | changes))
 
@@ -248,6 +250,28 @@ def test_one_whose_int8_collapsed(judged, faces):
     assert failed(judged(candidate)).keys() == oversize
 
 
+def test_what_verify_is_told_to_allow_has_an_end(faces, params):
+    def budget(dataset: str, loss: float, allowed: float) -> dict[str, Any]:
+        tasks = params.tasks.model_dump(mode="json")
+        tasks["emotion"]["dataset"] = dataset
+        told = params.model_copy(update={"tasks": type(params.tasks)(**tasks)})
+        candidate = candidate_of(said(faces, some(0.7)), 0.68)
+        candidate.verification["numerics"]["tflite/int8"] |= {"loss": loss}
+        candidate.verification["budgets"]["gates"][1] |= {"bound": allowed}
+        rows = gate.gates("emotion", candidate, None, faces, told)
+        return next(row for row in rows if row["name"] == "budget: tflite/int8")
+
+    drawn = budget("synthetic", 1.16, 1.5)
+    assert drawn["passed"] and drawn["bound"] == 1.5
+    assert "of drawn faces, 1 of real ones" in drawn["why"]
+    real = budget("fer2013", 1.16, 100.0)
+    assert not real["passed"] and real["bound"] == 1.0
+    assert "1 is the most that verify may be told to allow" in real["why"]
+    assert not budget("synthetic", 1.6, 100.0)["passed"]
+    assert budget("fer2013", 0.4, 0.5)["bound"] == 0.5
+    assert not budget("fer2013", 0.6, 0.5)["passed"]
+
+
 def test_one_that_did_not_run_or_was_not_there(judged, faces):
     candidate = candidate_of(said(faces, some(0.7)), 0.68)
     del candidate.verification["numerics"]["tflite/int8"]
@@ -276,7 +300,7 @@ def test_a_champion_that_vanished(judged, faces):
 
 def test_what_could_not_be_computed_has_failed(judged, faces):
     champion = Champion(3, "c" * 64, said(faces, some(0.6)))
-    missing = Candidate(FILES, None, {}, {}, frozenset())
+    missing = Candidate(FILES, None, {}, {}, frozenset(), {})
     blessing = judged(missing, champion)
     names = [*ALWAYS, *AGAINST, "deployables"]
     assert list(failed(blessing)) == [row["name"] for row in blessing["gates"]] == names
@@ -349,7 +373,7 @@ def test_landmarks_are_better_where_the_error_is_lower(params):
     validation = {"nme_interocular": 0.06, "ci95": {"nme_interocular": [0.058, 0.062]}}
 
     def judge(outputs: np.ndarray, champion: np.ndarray) -> list[dict[str, Any]]:
-        one = Candidate(FILES, outputs, {}, validation, frozenset({"x"}))
+        one = Candidate(FILES, outputs, {}, validation, frozenset({"x"}), {})
         return gate.gates("landmarks", one, Champion(1, "", champion), faces, params)
 
     rows = {row["name"]: row for row in judge(mine, theirs)}
@@ -369,6 +393,19 @@ def test_landmarks_are_better_where_the_error_is_lower(params):
     assert not rows["floor: nme_interocular"]["passed"] and not rows["worst slice"]["passed"]
     by_heart = {row["name"]: row for row in judge(truth, mine)}
     assert not by_heart["validation and test"]["passed"]
+
+
+def test_checksums_are_those_of_dvc(noted, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("one.json", "one/two", "one-two/a", "z/y/x", "é"):  # DVC's order is of whole names
+        path = Path("out", name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(name)
+    noted("out")
+    lock = yaml.safe_load(Path("dvc.lock").read_text())
+    assert gate.md5_of(Path("out")) == lock["stages"]["verify@emotion"]["outs"][0]["md5"]
+    assert gate.md5_of(Path("out/one.json")) == hashlib.md5(b"one.json").hexdigest()
+    assert gate.md5_of(Path("nothing")) == ""
 
 
 def test_answers_count_only_for_their_model_and_faces(faces, tmp_path):

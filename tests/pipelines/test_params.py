@@ -87,6 +87,33 @@ def test_unknown_key(load: Load, key: str, meant: str) -> None:
     assert complaint(load, changed(key, 1)) == f"{key}: unknown key (did you mean {meant!r}?)"
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("emotion.margin", 1, "margin is 1, 0.02 is the most"),
+        ("landmarks.margin", 0.02, "margin is 0.02, 0.003 is the most"),
+        ("emotion.floors", {"accuracy": 0}, "floors.accuracy is 0, 0.5 is the loosest"),
+        ("emotion.floors", {"macro_f1": 0.5}, "floors has no accuracy"),
+        (
+            "landmarks.floors",
+            {"nme_interocular": 0.5},
+            "floors.nme_interocular is 0.5, 0.15 is the loosest",
+        ),
+        ("emotion.slice_floor", 0.1, "slice_floor is 0.1, 0.2 is the loosest"),
+        ("landmarks.slice_floor", 0.3, "slice_floor is 0.3, 0.25 is the loosest"),
+        ("emotion.above_validation", 0.5, "above_validation is 0.5, 0.05 is the most"),
+        ("emotion.answers.int8", 1.0, "answers is 1, 0.4 is the most"),
+    ],
+)
+def test_no_gate_is_loosened_without_a_signature(
+    load: Load, key: str, value: Any, said: str
+) -> None:
+    wrong = complaint(load, changed(f"gate.{key}", value))
+    task = key.partition(".")[0]
+    signed = "a candidate that needs more is signed for in gate.overrides"
+    assert wrong == f"gate: {task}.{said}; {signed}"
+
+
 def test_unknown_key_like_no_other(load: Load) -> None:
     assert complaint(load, changed("filter.zzz", 1)) == "filter.zzz: unknown key"
 

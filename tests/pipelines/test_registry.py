@@ -11,9 +11,10 @@ from typing import Any
 
 import mlflow
 import numpy as np
+import pandas as pd
 import pytest
 
-from pipelines import registry
+from pipelines import gate, registry
 from pipelines.cli import GrimaceError
 from pipelines.registry import Registry
 
@@ -196,6 +197,66 @@ def test_bytes_changed_between_verification_and_gate(shop):
     assert row["why"] == "not as `verify` measured them: tflite/int8.tflite"
 
 
+def test_reports_that_were_written_by_hand(shop):
+    """A weak candidate with the answers and figures of a good one, which is the same otherwise."""
+    shop.produce(0.3)
+    shop.register()
+    verify = Path("reports/verify/emotion")
+    with np.load(verify / "predictions.npz") as saved:
+        answers = dict(saved)
+    answers["outputs"] = (0.01 + 0.93 * np.eye(7)[np.arange(240) % 7]).astype(np.float32)
+    answers["outputs"][:60] = answers["outputs"][1:61]  # not too good to be true
+    np.savez(verify / "predictions.npz", **answers)
+    scores = Path("reports/evaluate/emotion/plain/scores.json")
+    good = {"accuracy": 0.75, "ci95": {"accuracy": [0.7, 0.8]}}
+    scores.write_text(json.dumps(json.loads(scores.read_text()) | good))
+    blessing = shop.judge()
+    failed = {row["name"]: row["why"] for row in blessing["gates"] if not row["passed"]}
+    assert failed.keys() == {"records"}
+    other = "reports/evaluate, reports/verify"
+    assert f"not as dvc.lock has them: {other}; run `dvc" in failed["records"]
+    shutil.rmtree("reports/select")
+    (row,) = [row for row in shop.judge()["gates"] if row["name"] == "records"]
+    assert "reports/evaluate, reports/select, reports/verify" in row["why"]
+    Path("dvc.lock").unlink()
+    (row,) = [row for row in shop.judge()["gates"] if row["name"] == "records"]
+    assert row["passed"] is False and "dvc.lock has no record of it" in row["why"]
+
+
+def test_a_champions_answers_that_were_rewritten_let_no_heir_through(shop):
+    store = shop.store()
+    store.promote(shop.candidate(0.8), "Ada", "")
+    path = store.fetch(1) / "answers.npz"
+    with np.load(path) as saved:
+        answers = dict(saved)
+    np.savez(path, **answers | {"outputs": np.roll(answers["outputs"], 1, axis=1)})
+    number = shop.candidate(0.6, 2)
+    blessing = store.blessing(number)
+    failed = {row["name"]: row["why"] for row in blessing["gates"] if not row["passed"]}
+    assert failed.keys() == {"against the champion", "slices against the champion"}
+    assert "answers.npz was changed since it was blessed" in failed["against the champion"]
+    np.savez(path, **answers)  # the same answers, in a file of other bytes
+    (row,) = [row for row in shop.judge()["gates"] if row["name"] == "against the champion"]
+    assert row["value"] == pytest.approx(-0.2, abs=0.005)
+
+
+def test_one_that_was_trained_on_test_faces(shop):
+    number = shop.candidate(0.7)
+    for how in ("a face", "a person"):
+        if how == "a face":
+            ids = np.load("data/augment/emotion/train/ids.npy")
+            np.save("data/augment/emotion/train/ids.npy", [*ids, "test-0-3"])
+        else:
+            shop.module.write_data()
+            index = pd.read_parquet("data/split/folder/index.parquet")
+            index.loc[index["id"] == "val-0-1", "group"] = "test-0-5"  # who is on that one
+            index.to_parquet("data/split/folder/index.parquet")
+        failed = [row for row in shop.judge()["gates"] if not row["passed"]]
+        assert [(row["name"], row["value"]) for row in failed] == [("unseen faces", 1)]
+    with pytest.raises(GrimaceError, match="not blessed: it fails unseen faces"):
+        shop.store().promote(number, "Eve", "")
+
+
 def test_an_older_version_is_refused(shop):
     store = shop.store()
     older = shop.candidate(0.7)
@@ -259,6 +320,24 @@ def test_a_champion_that_vanished_is_no_first_champion(shop, how):
             ("promote", None, 1),
             ("rollback", None, 1),
         ]
+
+
+def test_one_made_champion_while_it_was_judged_again_keeps_its_blessing(shop, monkeypatch):
+    store = shop.store()
+    number = shop.candidate(0.7)
+    read_champion = gate.read_champion
+
+    def meanwhile(*args: Any) -> Any:
+        found = read_champion(*args)
+        shop.store().promote(number, "Ada", "from elsewhere")
+        return found
+
+    monkeypatch.setattr(gate, "read_champion", meanwhile)
+    shop.change_params(lambda values: values["gate"]["emotion"]["mib"].update(default=1e-6))
+    with pytest.raises(GrimaceError, match="made champion while it was judged again"):
+        shop.judge()
+    assert store.blessing(number)["blessed"] is True
+    check_whole(store, number)
 
 
 def test_an_override_lands_in_the_audit_trail(shop):
@@ -374,13 +453,14 @@ def test_promotion_killed_at_every_step(shop):
         check_whole(store, champion)
         assert [e.after for e in store.moves()] == [1, 2][:champion]
         assert store.before(champion) == (None if champion == 1 else 1)
+        assert store.aliases() == {"candidate": 2, "champion": champion}  # `previous` lags
         # The way back is open, and said again it comes to its end.
         store.promote(2, "Ada", "again")
         assert store.aliases() == {"candidate": 2, "champion": 2, "previous": 1}
         assert [e.after for e in store.moves()] == [1, 2]
         store.rollback(None, "Ada", "")
         assert store.champion() == 1
-    assert len(ends) == 3 and set(ends) == {1}  # trail, `previous`, `champion`: before each
+    assert ends == [1, 1, 2]  # before each of the trail, `champion`, `previous`
     assert shop.store().champion() == 2
 
 
@@ -398,11 +478,16 @@ def test_rollback_killed_at_every_step(shop):
         store = shop.store()
         ends.append(store.champion())
         check_whole(store, store.champion())
-        assert [e.after for e in store.moves()] == [1, 2, 3]
-        store.rollback(2, "Ada", "again")
+        assert [e.after for e in store.moves()] == [1, 2, 3] + [2] * (ends[-1] == 2)
+        assert store.aliases()["previous"] == 2  # as before, until the next says anything
+        if ends[-1] == 3:
+            store.rollback(2, "Ada", "again")
+        else:
+            with pytest.raises(GrimaceError, match="version 2 is the champion"):
+                store.rollback(2, "Ada", "again")
         assert store.aliases() == {"candidate": 3, "champion": 2, "previous": 1}
         assert [e.after for e in store.moves()] == [1, 2, 3, 2]
-    assert len(ends) == 3 and set(ends) == {3}
+    assert ends == [3, 3, 2]
     assert shop.store().champion() == 2
 
 

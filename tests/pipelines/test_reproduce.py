@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -25,14 +26,20 @@ def registered(shop, monkeypatch: pytest.MonkeyPatch):
     Repo.init()
     report = {"dataset": "folder", "archive": "faces.zip", "sha256": "ab" * 32, "examples": 720}
     Path("report.json").write_text(json.dumps(report))
-    download = f"{PRODUCE} --data && mkdir -p reports/download"
+    archive = Path("data/archives/folder-versions/0001/happy.txt")
+    download = f"test -f {archive} && {PRODUCE} --data && mkdir -p reports/download"
     stages = {
         "download": {
             "foreach": ["folder"],
             "do": {
                 "cmd": f"{download} && cp report.json reports/download/folder.json",
                 "deps": ["report.json"],
-                "outs": ["data", "reports/download/folder.json"],
+                "outs": [
+                    "data/clean",
+                    "data/split",
+                    "data/augment",
+                    "reports/download/folder.json",
+                ],
             },
         },
         "verify": {
@@ -50,6 +57,10 @@ def registered(shop, monkeypatch: pytest.MonkeyPatch):
     subprocess.run([*git, "add", "-A"], check=True)
     subprocess.run([*git, "commit", "-qm", "stages"], check=True)
     Path("right").write_text("0.7\n")
+    Path("pipelines").mkdir()
+    Path("pipelines/untracked.py").write_text("NEW = True\n")
+    archive.parent.mkdir(parents=True)
+    archive.write_text("a version that `watch` has made\n")
     subprocess.run([sys.executable, "-m", "dvc", "repro", "-q"], check=True)
     number = shop.register()
     shop.judge()
@@ -66,7 +77,7 @@ def test_lineage_and_reproduction(registered, monkeypatch, capsys, tmp_path_fact
     lock = yaml.safe_load(Path("dvc.lock").read_text())["stages"]
     outs = {out["path"]: out["md5"] for row in lock.values() for out in row["outs"]}
     told = [line.split() for line in lines[2:]]
-    assert [words[0] for words in told] == ["download@folder"] * 2 + ["verify@emotion"] * 4
+    assert [words[0] for words in told] == ["download@folder"] * 4 + ["verify@emotion"] * 4
     assert {words[1]: words[3] for words in told} == outs
 
     # The printed command, as it stands but for where to.
@@ -82,15 +93,42 @@ def test_lineage_and_reproduction(registered, monkeypatch, capsys, tmp_path_fact
     assert model == (folder / "data/model.keras").read_bytes()
     assert hashlib.sha256(model).hexdigest() in registered.store().blessing(1)["files"].values()
     assert said[-1].startswith("accuracy on test: 70.") and said[-1].endswith("made again")
+    assert (into / "pipelines/untracked.py").read_text() == "NEW = True\n"
 
     with pytest.raises(GrimaceError, match="is there already; name another folder"):
         reproduce.main()
+    # What training may change, and what it may not.
+    for path, wrong in (
+        ("deploy", []),
+        ("reports/download/folder.json", []),
+        ("data/clean", ["data/clean is not the same"]),
+    ):
+        made = (into / "dvc.lock").read_text()
+        (into / "dvc.lock").write_text(made.replace(outs[path], "0"))
+        lines, found = reproduce.compare(folder, into, "emotion")
+        assert [line.split()[2] for line in lines if line.startswith("other")] == [path]
+        assert found == wrong
+        (into / "dvc.lock").write_text(made)
     worse = json.loads((into / "reports/verify/emotion/test.json").read_text()) | {"accuracy": 0.2}
     (into / "reports/verify/emotion/test.json").write_text(json.dumps(worse))
-    (into / "dvc.lock").write_text((into / "dvc.lock").read_text().replace(outs["deploy"], "0"))
-    lines, like = reproduce.compare(folder, into, "emotion")
-    assert like is False
-    assert [line.split()[2] for line in lines if line.startswith("other")] == ["deploy"]
+    _, found = reproduce.compare(folder, into, "emotion")
+    assert found == ["accuracy on test lies outside of the registered interval"]
+
+
+def test_the_archive_folder_is_handed_on(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("GRIMACE_ARCHIVES", "my faces")
+    words = shlex.split(lineage.command("emotion", 1))
+    assert words[0] == f"GRIMACE_ARCHIVES={tmp_path}/my faces"
+    (tmp_path / "dvc").mkdir()
+    (tmp_path / "dvc/__init__.py").touch()
+    (tmp_path / "dvc/__main__.py").write_text(
+        "import os; open('seen', 'w').write(os.environ['GRIMACE_ARCHIVES'])"
+    )
+    (tmp_path / "into").mkdir()
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    reproduce.make(Path("into"), "verify@emotion")  # a DVC that only looks around
+    assert Path("into/seen").read_text() == f"{tmp_path}/my faces"
 
 
 def test_which_version_is_meant(shop):
