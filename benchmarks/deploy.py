@@ -316,8 +316,8 @@ def time_page() -> list[dict[str, Any]]:
 
     Returns:
         By model: runtime, precision, bytes, `faces` found a frame, and milliseconds, median and
-        95th percentile over frames: `landmarks`, of cropping and the network, and `frame`, with
-        finding the face.
+        95th percentile over frames: `landmarks`, of making the frame grey, cropping and the
+        network, and `frame`, with finding the face.
     """
     from playwright.sync_api import sync_playwright
 

@@ -260,12 +260,14 @@ const call = createCall(showState, showOther);
 let counted = { time: 0 };
 setInterval(() => {
   showTraffic();
-  if (!source || source.still) sendFace(); // what does not move is told again, for whom it did not reach
+  // What does not move is told again, for whom it did not reach; a hidden page gets no more frames.
+  if (!source || source.still || document.hidden) sendFace();
 }, 1000);
 
 /** Send the largest face, or that there is none. */
 function sendFace(time = performance.now() / 1000) {
-  const face = largest(last.tracks);
+  const isFrozen = document.hidden && !source?.still;
+  const face = isFrozen ? null : largest(last.tracks);
   const { width, height } = canvas;
   const emotion = LABELS.indexOf(labels[face?.label]);
   call.send(face?.points ? { points: face.points, emotion } : null, width, height, time);
