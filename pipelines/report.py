@@ -148,8 +148,10 @@ def show(rows: list[tuple[str, ...]]) -> None:
     """Print rows as a table."""
     table = Table(title="Grimace: candidates and deployables")
     for name in COLUMNS:
-        side = "right" if name in COLUMNS[3:7] else "left"
-        table.add_column(name, justify=side, no_wrap=name != "runs in")  # or why it does not
+        wraps = name == "runs in"  # or why it does not
+        table.add_column(
+            name, justify="right" if name in COLUMNS[3:7] else "left", no_wrap=not wraps
+        )
     for before, row in zip([None, *rows], rows, strict=False):
         if before and before[0] != row[0]:
             table.add_section()
