@@ -32,7 +32,7 @@ def workspace(tmp_path_factory):
     params = yaml.safe_load((ROOT / "params.yaml").read_text())
     params["download"]["synthetic"]["count"] = 210
     params["filter"]["overrides"] = {}  # FER-2013's own trains networks
-    del params["train"]["jobs"]["landmarks-compact"]
+    del params["train"]["jobs"]["landmarks-compact"], params["sweep"]["jobs"]["landmarks-compact"]
     for task in ("emotion", "landmarks"):
         params["augment"][task]["views"] = 2
     for job in params["train"]["jobs"].values():
