@@ -36,8 +36,9 @@ from tqdm import tqdm
 from benchmarks import others
 from benchmarks.filtering import estimate
 from pipelines.averaging import PASSES
+from pipelines.checkpoint import saved_history
 from pipelines.cli import GrimaceError, run
-from pipelines.job import Job, Teacher, plain, read_job, write_job
+from pipelines.job import Job, Teacher, job_of, plain, read_job, write_job
 from pipelines.params import Evaluate, Params, TaskName, Train, TrainJob, load_params
 
 if TYPE_CHECKING:
@@ -67,7 +68,8 @@ def main() -> None:
     for (name, seed), job in missing.items():
         folder = args.work / f"{name}-{seed}"
         faces = test_faces(args.task, args.archive, params)
-        save(out, f"{name}-{seed}", answers_of(folder, faces), faces, _facts(name, job, folder))
+        facts = _facts(name, job, folder, args.archive)
+        save(out, f"{name}-{seed}", answers_of(folder, faces), faces, facts)
     for wheel in sorted(args.wheels.glob("*.whl")):
         measure_wheel(wheel, args.task, args.archive, params, out)
     publish(collect(args.task, out, params.evaluate), out)
@@ -160,9 +162,10 @@ def _job(name: str, seed: int, task: TaskName, params: Params, work: Path) -> Jo
 
 def _is_done(key: tuple[str, int], job: Job, out: Path) -> bool:
     path = out / "answers" / "{}-{}.json".format(*key)
-    return path.exists() and json.loads(path.read_text())["job"] == json.loads(
-        json.dumps(plain(job))
-    )
+    try:
+        return path.exists() and job_of(json.loads(path.read_text())["job"]) == job
+    except ValueError:  # of another version of the code
+        return False
 
 
 def train(job: Job, folder: Path, threads: int) -> None:
@@ -173,12 +176,8 @@ def train(job: Job, folder: Path, threads: int) -> None:
     """
     if (folder / "model.keras").exists() and read_job(folder / "job.json") == job:
         return
-    from pipelines.report import machine
-
     folder.mkdir(parents=True, exist_ok=True)
-    # Before the training, for the commit that it starts with, and so that none is without it.
-    facts = {"threads": threads, "machine": machine()}
-    (folder / "trained.json").write_text(json.dumps(facts, indent=2) + "\n")
+    _note_attempt(job, folder, threads)
     path = folder.with_suffix(".json")
     write_job(job, path)
     command = [sys.executable, "-m", "pipelines.fit", "--job", str(path), "--out", str(folder)]
@@ -189,6 +188,34 @@ def train(job: Job, folder: Path, threads: int) -> None:
     }
     if code := subprocess.run(command, env=environment, check=False).returncode:
         raise GrimaceError(f"`{' '.join(command)}` ended with code {code}: see above")
+
+
+def _note_attempt(job: Job, folder: Path, threads: int) -> None:
+    """Add to trained.json what is at work from now on, and after which epoch it takes over.
+
+    Before the training, for the commit that it starts with, and so that none is without it.
+    """
+    from pipelines.report import machine
+
+    done = len(saved_history(job, folder / "checkpoint"))
+    attempt = {
+        "after_epoch": done,
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "threads": threads,
+        "machine": machine(),
+    }
+    before = _attempts(folder) if done else []
+    partial = folder / "trained.json.partial"
+    partial.write_text(json.dumps({"attempts": [*before, attempt]}, indent=2) + "\n")
+    partial.replace(folder / "trained.json")
+
+
+def _attempts(folder: Path) -> list[dict[str, Any]]:
+    """Return how often a training was begun, and where; of older ones only the last is known."""
+    path = folder / "trained.json"
+    known = json.loads(path.read_text()) if path.exists() else {"attempts": []}
+    attempts: list[dict[str, Any]] = known.get("attempts", [known])
+    return attempts
 
 
 def test_faces(task: TaskName, archive: Path | None, params: Params, **shape: Any) -> "Faces":
@@ -223,7 +250,7 @@ def _kept(faces: "Faces", outputs: np.ndarray) -> np.ndarray:
     return np.stack(landmark_errors(faces, outputs)[:2], 1).astype(np.float32)
 
 
-def _facts(name: str, job: Job, folder: Path) -> dict[str, Any]:
+def _facts(name: str, job: Job, folder: Path, archive: Path) -> dict[str, Any]:
     """Say what was trained, for how long and on what."""
     from pipelines.evaluate import costs_of
     from pipelines.measures import DECIDES
@@ -233,25 +260,34 @@ def _facts(name: str, job: Job, folder: Path) -> dict[str, Any]:
     rows = [{str(key): value for key, value in row.items()} for row in history.to_dict("records")]
     best = best_epoch(rows, job.task)
     column = {"accuracy": "val_accuracy", "nme_interocular": "val_nme"}[DECIDES[job.task]]
-    meta = json.loads(Path("data/augment", job.task, "meta.json").read_text())
-    images = meta["counts"]["train"] * len(history)
-    trained = json.loads((folder / "trained.json").read_text())
+    attempts = _attempts(folder)
     return {
         "name": name,
         "seed": job.seed,
         "validation": float(history[column][best]),
         "best_epoch": best + 1,
         "epochs": len(history),
-        # By the middle epoch: the machine may have had other work in some.
-        "minutes": round(images / float(history["images_per_second"].median()) / 60, 1),
+        **_minutes(history, job.task),
         "cost": costs_of([folder / "model.keras"]),
         "trained_on": json.loads((folder / "machine.json").read_text()),
-        "machine": trained["machine"],
+        "machine": attempts[-1]["machine"],
+        "attempts": attempts,
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": f"python -m benchmarks.scores --task {job.task} --jobs {name}"
-        f" --seeds {job.seed} --threads {trained['threads']}",
+        "command": f"python -m benchmarks.scores --task {job.task} --archive {archive.name}"
+        f" --jobs {name} --seeds {job.seed} --threads {attempts[-1]['threads']}",
         "job": plain(job),
     }
+
+
+def _minutes(history: pd.DataFrame, task: str) -> dict[str, Any]:
+    """Return how long a training took, and whether that is all of it or the fitting alone."""
+    if "seconds" in history and history["seconds"].notna().all():
+        return {"minutes": round(float(history["seconds"].sum()) / 60, 1), "timed": "whole"}
+    meta = json.loads(Path("data/augment", task, "meta.json").read_text())
+    images = meta["counts"]["train"] * len(history)
+    # By the middle epoch: the machine may have had other work in some.
+    speed = float(history["images_per_second"].median())
+    return {"minutes": round(images / speed / 60, 1), "timed": "fitting alone"}
 
 
 def measure_wheel(wheel: Path, task: TaskName, archive: Path, params: Params, out: Path) -> None:
@@ -422,21 +458,34 @@ def page(results: dict[str, Any], task: TaskName) -> str:
         text += f"## Ensembles\n\n{markdown(ensembles, ('members', *columns))}\n"
     heads = ("network", "seed", "best epoch", "validation", *columns[: len(names)])
     heads += ("training time", "on", "answered", "by commit")
-    return text + f"## Every training\n\n{markdown(each, heads)}"
+    commands = "".join(
+        f"{run['command']}\n" for row in results["rows"] for run in row["runs"] if run["job"]
+    )
+    return text + (
+        f"## Every training\n\n{markdown(each, heads)}\nThe time is all that the epochs took, with "
+        "validation, checkpoints and the start, but for what a kill threw away; or the fitting "
+        "alone, where it says so. A training that was resumed elsewhere or by other code has each "
+        f"of its commits.\n\nThe commands, a training each:\n\n```bash\n{commands}```\n"
+    )
 
 
 def _training(run: dict[str, Any], names: tuple[str, ...]) -> tuple[str, ...]:
-    where = run["machine"]
+    places = [attempt["machine"] for attempt in run.get("attempts", [run])]
+    processors = dict.fromkeys(place["processor"] for place in places)
+    commits = dict.fromkeys(place["git_commit"][:10] for place in places)
+    alone = "" if run.get("timed") == "whole" else ", fitting alone"
+    told = run["trained_on"]
+    on = [told[name] for name in ("backend", "devices", "changed") if name in told]
     return (
         run["name"],
         str(run["seed"]),
         f"{run['best_epoch']} of {run['epochs']}",
         f"{run['validation']:.2%}",
         *(f"{run['test'][name]:.2%}" for name in names),
-        f"{run['minutes']:.0f} min",
-        f"{where['processor']}, {run['trained_on']['backend']}, {run['trained_on']['devices']}",
+        f"{run['minutes']:.0f} min{alone}",
+        ", ".join([*processors, *on]),
         run["finished"][:10],
-        where["git_commit"][:10],
+        ", ".join(commits),
     )
 
 

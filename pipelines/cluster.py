@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from pipelines.checkpoint import saved_history
 from pipelines.cli import GrimaceError
 from pipelines.fanout import ray_cluster
 from pipelines.job import Job, job_of, plain
@@ -47,7 +48,7 @@ def fit_on_cluster(
     Raises:
         GrimaceError: as there; or the cluster cannot be used, or workers failed again and again.
     """
-    from pipelines.fit import saved_history, told
+    from pipelines.fit import told
 
     paths = {"shards": shards, "out": out, "checkpoint": checkpoint}
     order = {
@@ -134,7 +135,7 @@ def _work(order: dict[str, Any]) -> str | None:
     from ray.train import get_context
     from ray.train.collective import broadcast_from_rank_zero
 
-    from pipelines.fit import OutOfMemory, fit, saved_history
+    from pipelines.fit import OutOfMemory, fit
 
     job = job_of(order["job"])
     shards, out, checkpoint = (Path(order["paths"][n]) for n in ("shards", "out", "checkpoint"))

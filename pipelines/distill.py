@@ -6,7 +6,6 @@ the labels; `models.losses` has its loss.
 
 import hashlib
 import json
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -15,7 +14,7 @@ import keras
 import numpy as np
 
 from pipelines.cli import GrimaceError
-from pipelines.job import Job, Teacher
+from pipelines.job import Job, Teacher, read_job, sha256
 from pipelines.progress import progress
 from pipelines.shards import read_meta, read_view
 
@@ -36,11 +35,12 @@ def teacher_answers(job: Job, shards: Path, folder: Path) -> list[Path]:
         where the job has no teachers.
 
     Raises:
-        GrimaceError: a teacher is missing, has another checksum, or is for other images or labels.
+        GrimaceError: a teacher is missing, has another checksum, is for other images or labels, or
+            is a result of the graph's own (runs/TASK/MODEL) that was trained on other shards.
     """
     if not job.teachers:
         return []
-    identity = [asdict(teacher) for teacher in job.teachers], job.temperature, job.data_version
+    identity = [teacher.sha256 for teacher in job.teachers], job.temperature, job.data_version
     folder = folder / hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:12]
     views = min(read_meta(shards)["views"], job.epochs)
     paths = [folder / f"view-{view:02d}.npy" for view in range(views)]
@@ -82,9 +82,8 @@ def _load(teacher: Teacher, job: Job, meta: dict[str, Any]) -> keras.Model:
     path = Path(teacher.path)
     if not path.exists():
         raise GrimaceError(f"{job.name}: the teacher {path} is missing; {_whence(path)}")
-    with path.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != teacher.sha256:
+    _refuse_stale(path, job)
+    if (found := sha256(path)) != teacher.sha256:
         raise GrimaceError(
             f"{job.name}: the teacher {path} has SHA-256 {found}, not {teacher.sha256}. If it is "
             f"the one that is meant, put its sum under train.jobs.{job.name}.teachers in "
@@ -102,9 +101,32 @@ def _load(teacher: Teacher, job: Job, meta: dict[str, Any]) -> keras.Model:
     return model
 
 
+def _refuse_stale(path: Path, job: Job) -> None:
+    """Refuse what the graph itself trained on other data than the student will see.
+
+    DVC cannot see to it: the stage of a student does not depend on those of its teachers.
+    """
+    trained = path.with_name("job.json")
+    if (stage := _stage(path)) is None or not trained.exists():
+        return
+    if (found := read_job(trained).data_version) != job.data_version:
+        raise GrimaceError(
+            f"{job.name}: the teacher {path} was trained on other shards ({found}) than the "
+            f"student ({job.data_version}). Run `uv run dvc repro {stage}`, then put the new "
+            f"file's SHA-256 under train.jobs.{job.name}.teachers in params.yaml; if other shards "
+            "are meant, name a copy of it outside of runs/."
+        )
+
+
 def _whence(path: Path) -> str:
+    if (stage := _stage(path)) is None:
+        return "put the file there, or name another under `teachers`"
+    return f"`uv run dvc repro {stage}` trains it"
+
+
+def _stage(path: Path) -> str | None:
+    """Return the stage that writes a teacher's file, None where it is not the graph's."""
     match path.parts[-4:]:
         case ("runs", task, model, "model.keras"):
-            return f"`uv run dvc repro train@{task}-{model}` trains it"
-        case _:
-            return "put the file there, or name another under `teachers`"
+            return f"train@{task}-{model}"
+    return None

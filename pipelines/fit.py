@@ -26,9 +26,19 @@ import numpy as np
 
 from models import emotion, landmarks, losses
 from pipelines.batches import Batches, training_batches
+from pipelines.checkpoint import (
+    BEST,
+    adopt,
+    break_down,
+    changes_of,
+    forget,
+    mend,
+    saved,
+    write_state,
+)
 from pipelines.cli import GrimaceError, run
 from pipelines.distill import teacher_answers
-from pipelines.job import Job, plain, read_job, write_job
+from pipelines.job import Job, read_job, sha256, write_job
 from pipelines.progress import progress
 from pipelines.replicas import ALONE, Replicas, replicas_of
 from pipelines.schedules import (
@@ -42,7 +52,6 @@ from pipelines.schedules import (
 from pipelines.shards import View, read_meta, read_view
 
 TASKS = {"emotion": emotion, "landmarks": landmarks}
-BEST = "best.weights.h5"  # of the epoch that did best so far, in the checkpoint
 STATISTICS = 2048  # images from which the statistics of averaged weights are taken
 TIMED_STEPS, TIMED_ROUNDS = 10, 3
 
@@ -95,9 +104,12 @@ def fit(
     Args:
         job: what to train.
         shards: a folder as `pipelines.shards` describes.
-        out: receives model.keras (float32, the epoch that was best on validation), history.csv,
-            job.json and machine.json.
-        checkpoint: holds the state between epochs; the caller removes it when all is done.
+        out: receives model.keras (float32, the epoch that was best on validation), history.csv
+            (a row an epoch; its `seconds` are since the epoch before was over or the start, so
+            together all time but that of a last save and of what a kill threw away), job.json and
+            machine.json (of the last attempt; and what was changed after a breakdown).
+        checkpoint: holds the state between epochs (`pipelines.checkpoint`); the caller removes it
+            when all is done.
         on_epoch: called with each epoch's number from 0 and its figures, when the epoch's state
             is saved; where a training is resumed, first with those of the epochs before.
         devices: of this process, which train together (`pipelines.replicas`); 0 for all.
@@ -108,8 +120,10 @@ def fit(
     Raises:
         OutOfMemory: memory has run out.
         GrimaceError: the loss is no longer a number, the job does not fit the shards or devices or
-            names a network or teacher that is not there. The last good checkpoint is kept.
+            names a network or file that is not there. The last good checkpoint is kept, and a job
+            that is changed as the message says goes on from it.
     """
+    begun = time.perf_counter()
     _check_network(job)
     meta, replicas = read_meta(shards), replicas_of(devices, job.batch)
     with _explained(job, checkpoint):
@@ -117,10 +131,11 @@ def fit(
         keras.utils.set_random_seed(job.seed)
         keras.mixed_precision.set_global_policy(job.precision)
         with replicas.scope():
-            history = _train(job, meta, shards, checkpoint, on_epoch, answers, replicas)
+            history = _train(job, meta, shards, checkpoint, on_epoch, answers, replicas, begun)
+        replicas.agree(len(history), "the last epoch")  # and wait for the first, which saves it
         model = _best(job, meta, checkpoint)
         if replicas.writes:
-            _write_result(model, job, history, out, replicas)
+            _write_result(model, job, history, out, checkpoint, replicas)
         return model
 
 
@@ -132,6 +147,7 @@ def _train(
     on_epoch: OnEpoch,
     answers: list[Path],
     replicas: Replicas,
+    begun: float,
 ) -> History:
     """Train all epochs that are left; return the figures of all."""
     steps = math.ceil(replicas.even(meta["counts"]["train"]) / job.batch)
@@ -153,6 +169,8 @@ def _train(
         scores = _validate(model, validation, job.batch, replicas)
         row |= {f"val_{name}": value for name, value in scores.items()}
         row["learning_rate"] = float(model.optimizer.learning_rate)
+        begun, before = time.perf_counter(), begun
+        row["seconds"] = round(begun - before, 2)
         _refuse_nan(row, epoch, job, checkpoint)
         history.append(row)
         _save_state(model, own, history, checkpoint, job, replicas)
@@ -177,8 +195,10 @@ def build(job: Job, meta: dict[str, Any], weights: str | None = None) -> keras.M
         weights: to start from; at random by default.
 
     Raises:
-        GrimaceError: it cannot be had in this size or with these weights.
+        GrimaceError: it cannot be had in this size or with these weights, or these are not those
+            that the job means.
     """
+    _check_weights(job, weights)
     task = TASKS[job.task]
     points = {} if job.task == "emotion" else {"points": meta["points"]}
     shape = job.widths, meta["size"], meta["channels"], job.dropout
@@ -186,6 +206,16 @@ def build(job: Job, meta: dict[str, Any], weights: str | None = None) -> keras.M
         return task.build(job.network, *shape, weights=weights, **points)
     except (ValueError, OSError) as error:
         raise GrimaceError(f"{job.name}: network {job.network} cannot be built: {error}") from None
+
+
+def _check_weights(job: Job, weights: str | None) -> None:
+    if weights is None or job.weights_sha256 is None or not Path(weights).is_file():
+        return  # the network says what is missing
+    if (found := sha256(Path(weights))) != job.weights_sha256:
+        raise GrimaceError(
+            f"{job.name}: the weights {weights} have SHA-256 {found}, not {job.weights_sha256}; "
+            "bring the file with which the job was written, or write the job again"
+        )
 
 
 def _check_network(job: Job) -> None:
@@ -241,8 +271,7 @@ def _begin(
     job: Job, meta: dict[str, Any], checkpoint: Path, replicas: Replicas
 ) -> tuple[keras.Model, History]:
     if replicas.writes:
-        checkpoint.mkdir(parents=True, exist_ok=True)
-        (checkpoint / "state.json").unlink(missing_ok=True)  # its files are about to be overwritten
+        forget(checkpoint)
     return build(job, meta, job.weights), []
 
 
@@ -340,36 +369,25 @@ def _take_statistics(model: keras.Model, batches: Batches) -> None:
         layer.momentum = momentum
 
 
-def saved_history(job: Job, checkpoint: Path) -> History:
-    """Return the figures of the epochs that a checkpoint of this very job holds, if any."""
-    history: History = _saved(job, checkpoint).get("history", [])
-    return history
-
-
-def _saved(job: Job, checkpoint: Path) -> dict[str, Any]:
-    state = checkpoint / "state.json"
-    saved: dict[str, Any] = json.loads(state.read_text()) if state.exists() else {}
-    if saved.get("job") != plain(job):
-        return {}
-    if not all((checkpoint / name).exists() for name in (saved["weights"], BEST)):
-        return {}  # killed while it was being removed
-    return saved
-
-
 def _resume(
     job: Job, meta: dict[str, Any], steps: int, checkpoint: Path, replicas: Replicas
 ) -> tuple[keras.Model, History] | None:
-    """Return the model and history a checkpoint of this very job holds, if there is one."""
-    saved = _saved(job, checkpoint)
-    history: History = saved.get("history", [])
+    """Return the model and history of the checkpoint from which the job goes on, if it does."""
+    state = saved(job, checkpoint)
+    history: History = state.get("history", [])
     replicas.agree(len(history), "the epoch from which to go on: is the checkpoint's disk shared?")
-    if not saved:
+    if not state:
         return None
+    if replicas.writes:
+        adopt(job, checkpoint)
     # With its weights, though others replace them: by them a base is known as pretrained.
     model = build(job, meta, job.weights)
     _compile(model, job, len(history) - 1, steps)
     model.optimizer.build(model.trainable_variables)
-    model.load_weights(checkpoint / saved["weights"])
+    model.load_weights(checkpoint / state["weights"])
+    # As it is already, but where the batch has been changed since: the schedule counts steps.
+    first = phase_at(job, len(history) - 1).first
+    model.optimizer.iterations.assign(steps * (len(history) - first))
     if replicas.writes:
         print(f"resumed after epoch {len(history)} of {job.epochs}", flush=True)
     return model, history
@@ -395,9 +413,8 @@ def _save_state(
     name = f"epoch-{len(history):04d}.weights.h5"
     with replicas.apart():
         model.save_weights(checkpoint / name)  # the optimiser's among them
-    partial = checkpoint / "state.json.partial"
-    partial.write_text(json.dumps({"job": plain(job), "weights": name, "history": history}))
-    partial.replace(checkpoint / "state.json")
+    write_state(job, name, history, changes_of(checkpoint), checkpoint)
+    mend(checkpoint)
     for old in checkpoint.glob("epoch-*.weights.h5"):
         if old.name != name:
             old.unlink()
@@ -411,16 +428,23 @@ def _best(job: Job, meta: dict[str, Any], checkpoint: Path) -> keras.Model:
 
 
 def _write_result(
-    model: keras.Model, job: Job, history: History, out: Path, replicas: Replicas
+    model: keras.Model,
+    job: Job,
+    history: History,
+    out: Path,
+    checkpoint: Path,
+    replicas: Replicas,
 ) -> None:
     out.mkdir(parents=True, exist_ok=True)
     model.save(out / "model.keras")
+    names = dict.fromkeys(name for row in history for name in row)
     with (out / "history.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, ["epoch", *history[0]])
+        writer = csv.DictWriter(file, ["epoch", *names])
         writer.writeheader()
         writer.writerows({"epoch": epoch + 1, **row} for epoch, row in enumerate(history))
     write_job(job, out / "job.json")
-    (out / "machine.json").write_text(json.dumps(machine(replicas), indent=2) + "\n")
+    changed = {"changed": "; ".join(changes)} if (changes := changes_of(checkpoint)) else {}
+    (out / "machine.json").write_text(json.dumps(machine(replicas) | changed, indent=2) + "\n")
 
 
 def machine(replicas: Replicas = ALONE) -> dict[str, str]:
@@ -451,27 +475,21 @@ def _explained(job: Job, checkpoint: Path) -> Iterator[None]:
             raise
         raise OutOfMemory(
             f"training {job.name}: out of memory. Make batch smaller (now {job.batch}), use "
-            f"precision mixed_bfloat16 (now {job.precision}) or a smaller network, or leave more "
-            f"memory free. {_kept(checkpoint)}"
+            f"precision mixed_bfloat16 (now {job.precision}), or leave more memory free; a smaller "
+            f"network needs less, but begins anew. {break_down(checkpoint)}"
         ) from error
 
 
 def _refuse_nan(row: dict[str, float], epoch: int, job: Job, checkpoint: Path) -> None:
     if all(math.isfinite(value) for value in row.values()):
         return
+    phase = phase_at(job, epoch)
+    rate = "fine_tune_rate" if job.frozen_epochs and not phase.frozen else "learning_rate"
     raise GrimaceError(
-        f"training {job.name}: the loss is not a number in epoch {epoch + 1}. Lower learning_rate "
-        f"(now {job.learning_rate}), set clip_norm (now {job.clip_norm}) or use precision float32 "
-        f"(now {job.precision}). {_kept(checkpoint)}"
+        f"training {job.name}: the loss is not a number in epoch {epoch + 1}. Lower {rate} (now "
+        f"{phase.rate}), set clip_norm (now {job.clip_norm}) or use precision float32 (now "
+        f"{job.precision}). {break_down(checkpoint)}"
     )
-
-
-def _kept(checkpoint: Path) -> str:
-    state = checkpoint / "state.json"
-    done = len(json.loads(state.read_text())["history"]) if state.exists() else 0
-    if done:
-        return f"The state after epoch {done} is kept in {checkpoint}."
-    return "No epoch had ended yet."
 
 
 if __name__ == "__main__":

@@ -4,8 +4,9 @@
 library is all this module imports, so that params and the training core share it.
 """
 
+import hashlib
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -37,9 +38,12 @@ EMOTION_ONLY = {
 
 @dataclass(frozen=True)
 class Teacher:
-    """A trained model that a student learns from: a .keras file and the SHA-256 it must have."""
+    """A trained model that a student learns from: a .keras file and the SHA-256 it must have.
 
-    path: str
+    By that it is known; it may lie elsewhere on another machine.
+    """
+
+    path: str = field(compare=False)
     sha256: str
 
 
@@ -50,6 +54,7 @@ class Job:
     Attributes:
         network: of `NETWORKS` in `models.emotion` or `models.landmarks`; the model's name where
             none is given.
+        weights_sha256: that the file `weights` must have; None where it is no file, or any will do.
         epochs: passes over the training images, each over another augmented view.
         data_version: identifies the shards, so that a checkpoint of other data is not resumed.
 
@@ -69,6 +74,7 @@ class Job:
     widths: tuple[int, ...] = ()
     dropout: float = 0.0
     weights: str | None = None
+    weights_sha256: str | None = None
     frozen_epochs: int = 0
     fine_tune_rate: float | None = None
     label_smoothing: float = 0.0
@@ -116,6 +122,12 @@ class Job:
         """TASK-MODEL, as params.yaml calls the job."""
         return f"{self.task}-{self.model}"
 
+    @property
+    def files(self) -> dict[str, str]:
+        """The files that a training needs beside the shards, each with its SHA-256."""
+        own = {self.weights: self.weights_sha256} if self.weights and self.weights_sha256 else {}
+        return own | {teacher.path: teacher.sha256 for teacher in self.teachers}
+
 
 def job_of(raw: dict[str, Any]) -> Job:
     """Make a job of plain values, as JSON or params.yaml hold them.
@@ -137,6 +149,12 @@ def plain(job: Job) -> dict[str, Any]:
     """Return the job's fields as JSON gives them back, the inverse of `job_of`."""
     values: dict[str, Any] = json.loads(json.dumps(asdict(job)))
     return values
+
+
+def sha256(path: Path) -> str:
+    """Return the SHA-256 of a file, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_job(path: Path) -> Job:

@@ -461,7 +461,12 @@ class Augment(_Section):
 
 
 class TeacherModel(_Section):
-    """A trained model, `runs/TASK/MODEL/model.keras` or any .keras file, and its SHA-256."""
+    """A trained model, `runs/TASK/MODEL/model.keras` or any .keras file, and its SHA-256.
+
+    DVC does not know that a student depends on it: train a teacher of the graph's first (`dvc repro
+    train@TASK-MODEL`), then put its sum here. A student refuses a teacher that is missing, has
+    another sum, or is one of `runs/` that was trained on other shards than are there now.
+    """
 
     path: str
     sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]

@@ -4,7 +4,6 @@
 later or elsewhere, find it by the SHA-256 of the model file and add their figures.
 """
 
-import hashlib
 import json
 import os
 import platform
@@ -20,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from pipelines.cli import GrimaceError
+from pipelines.job import sha256
 from pipelines.params import Tracking
 
 if TYPE_CHECKING:
@@ -268,12 +268,6 @@ def data_version(path: Path) -> str:
             if output["path"] == path.as_posix():
                 return str(output["md5"])
     return "untracked"
-
-
-def sha256(path: Path) -> str:
-    """Return the SHA-256 of a file, in hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def flat(values: dict[str, Any], prefix: str = "") -> dict[str, float]:

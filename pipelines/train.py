@@ -16,6 +16,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from shutil import copy, copytree, rmtree
 
@@ -23,6 +24,7 @@ import numpy as np
 import pandas as pd
 
 from pipelines import tracking
+from pipelines.checkpoint import saved
 from pipelines.cli import GrimaceError, run, whole_folder
 from pipelines.job import Job, plain, read_job, write_job
 from pipelines.params import Params, load_params
@@ -61,7 +63,8 @@ def main() -> None:
         raise GrimaceError(f"{shards} holds no shards; run `uv run dvc repro augment`")
     out = args.out or Path("runs", settings.task, settings.model)
     if args.write_job:
-        write_job(resolve(args.job, params, shards), args.write_job)
+        write_job(job := resolve(args.job, params, shards), args.write_job)
+        print(_what_travels(job, args.write_job, shards))
     elif args.take:
         take(args.job, params, shards, out, args.take)
     else:
@@ -77,12 +80,27 @@ def train(name: str, params: Params, shards: Path, out: Path) -> None:
     deliver(params)
     job = resolve(name, params, shards)
     folder = CHECKPOINTS / f"{name}-{_digest(job)}"
+    _take_over(job, folder)
     with _run(job, params, shards, folder, tracking.provenance(shards)) as journal:
         if not (folder / "result").exists():
             with whole_folder(folder / "result") as partial:
                 _fit(job, params, shards, partial, folder, journal)
         _hand_over(journal, shards, out)
     _clear(journal, out)
+
+
+def _take_over(job: Job, folder: Path) -> None:
+    """Go on with the checkpoint of a training that broke down, where the job may and has none.
+
+    In a run of its own, which is told all epochs: MLflow's parameters cannot be changed.
+    """
+    if folder.exists():
+        return
+    for other in sorted(CHECKPOINTS.glob(f"{job.name}-*")):
+        if saved(job, other) and not (other / "result").exists():
+            (other / "journal.json").unlink(missing_ok=True)  # of the other job's run
+            other.rename(folder)
+            return
 
 
 def _fit(
@@ -149,9 +167,29 @@ def deliver(params: Params) -> None:
 
 
 def resolve(name: str, params: Params, shards: Path) -> Job:
-    """Turn a job of params.yaml into one that stands alone."""
+    """Turn a job of params.yaml into one that stands alone.
+
+    Raises:
+        GrimaceError: the file with the weights it starts from is missing.
+    """
     dataset = read_meta(shards)["dataset"]
-    return params.train.jobs[name].resolved(dataset, tracking.data_version(shards))
+    job = params.train.jobs[name].resolved(dataset, tracking.data_version(shards))
+    if job.weights in (None, "imagenet"):
+        return job
+    if not Path(job.weights).is_file():
+        raise GrimaceError(f"train.jobs.{name}.weights: there is no file {job.weights}")
+    return replace(job, weights_sha256=tracking.sha256(Path(job.weights)))
+
+
+def _what_travels(job: Job, file: Path, shards: Path) -> str:
+    said = f"{file} and {shards} are what it takes to train {job.name}"
+    if not job.files:
+        return said
+    others = "".join(f"\n  {path}  {sha256}" for path, sha256 in job.files.items())
+    return (
+        f"{said}, and these files, by path and SHA-256:{others}\nThere they lie under the same "
+        f"paths, or under those that you put in {file}; other files are refused."
+    )
 
 
 @contextmanager
@@ -213,8 +251,11 @@ def _check_taken(job: Job, came: Path) -> None:
             f"{came} lacks {', '.join(missing)}; it must be the folder that `python -m "
             "pipelines.fit --out` wrote, when it has ended"
         )
-    expected, found = plain(job), plain(read_job(came / "job.json"))
-    other = [name for name in expected if expected[name] != found[name]]
+    theirs = read_job(came / "job.json")
+    if theirs.weights_sha256 is not None and theirs.weights_sha256 == job.weights_sha256:
+        theirs = replace(theirs, weights=job.weights)  # which may lie elsewhere there
+    expected, found = plain(job), plain(theirs)
+    other = [name for name in expected if getattr(job, name) != getattr(theirs, name)]
     if other == ["data_version"]:
         raise GrimaceError(
             f"{came} was trained on other shards ({found['data_version']}) than are here "

@@ -1,6 +1,9 @@
 import hashlib
 import json
+import re
+import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from zipfile import ZipFile
@@ -16,6 +19,7 @@ from models.schemes import EMOTIONS
 from pipelines.cli import GrimaceError
 from pipelines.datasets import synthetic
 from pipelines.heldout import Faces
+from pipelines.job import read_job
 from pipelines.params import load_params
 
 ROOT = Path(__file__).parents[2]
@@ -38,6 +42,7 @@ def facts(name: str, seed: int | None) -> dict[str, Any]:
         "trained_on": {"backend": "tensorflow", "devices": "cpu:0"},
         "machine": {"processor": "a processor", "git_commit": "0123456789abcdef"},
         "finished": "2026-01-02T03:04:05+00:00",
+        "command": f"python -m benchmarks.scores --jobs {name} --seeds {seed}",
     }
     cost = {"bytes": 10, "parameters": 1_500_000, "multiply_adds": 2_000_000}
     job = {"seed": seed} if seed is not None else None
@@ -69,6 +74,8 @@ def test_seeds_are_averaged_and_their_ensemble_stands_apart(tmp_path: Path) -> N
     assert "| net | 1.50 M | 2 M | 3 | 50.00% | 66.67% (" in page
     assert "| net, 3 seeds | 100.00% (" in page
     assert "2 of 3" in page
+    assert "| 4 min, fitting alone | a processor, tensorflow, cpu:0 |" in page  # as older ones are
+    assert page.count("python -m benchmarks.scores --jobs net --seeds ") == 3
     assert Image.open(tmp_path / "scores.png").width > 300
 
 
@@ -163,6 +170,8 @@ def test_a_job_is_trained_once_and_answers_on_the_archives_test_side(
     page = (tmp_path / scores.OUT / "emotion/README.md").read_text()
     assert "14 test faces" in page
     assert "| emotion-compact | 0.0" in page
+    assert "--archive fer --jobs emotion-compact --seeds 1 --threads 1\n" in page
+    assert re.search(r"\| \d+ min \|", page)
     model = tmp_path / "data/benchmarks/scores/emotion-compact-1/model.keras"
     student = json.loads(
         (tmp_path / scores.OUT / "emotion/answers/emotion-taught-1.json").read_text()
@@ -174,6 +183,20 @@ def test_a_job_is_trained_once_and_answers_on_the_archives_test_side(
     scores.main()
     assert model.stat().st_mtime_ns == before
     assert "1 of 1" in capsys.readouterr().out
+    # Had it been killed before it wrote its result, the next attempt would be noted beside it.
+    job, trained = read_job(model.with_name("job.json")), model.with_name("trained.json")
+    model.unlink()
+    monkeypatch.setattr(sys, "executable", shutil.which("true"))
+    for older in (False, True):
+        first = json.loads(trained.read_text())["attempts"][0]
+        if older:  # as it was written when only the last was noted
+            trained.write_text(json.dumps({name: first[name] for name in ("threads", "machine")}))
+        scores.train(job, model.parent, 2)
+        attempts = json.loads(trained.read_text())["attempts"]
+        assert [attempt["threads"] for attempt in attempts] == [1, 2]
+        assert attempts[1]["after_epoch"] == 1 and attempts[0]["machine"] == first["machine"]
+    scores.train(replace(job, seed=2), model.parent, 2)  # begins anew
+    assert len(json.loads(trained.read_text())["attempts"]) == 1
 
 
 def test_anothers_model_is_asked_in_its_own_class_order(tmp_path: Path) -> None:

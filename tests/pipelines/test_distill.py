@@ -10,7 +10,7 @@ import pytest
 from pipelines import distill
 from pipelines.cli import GrimaceError
 from pipelines.distill import soften, teacher_answers
-from pipelines.job import Job, Teacher
+from pipelines.job import Job, Teacher, write_job
 from pipelines.shards import read_view
 from pipelines.tracking import sha256
 
@@ -164,6 +164,33 @@ def test_a_missing_teacher(shards: Path, tmp_path: Path, monkeypatch: pytest.Mon
         job = replace(JOB, teachers=(Teacher(path, "0" * 64),))
         with pytest.raises(GrimaceError, match=f"teacher {path} is missing; .*{words}"):
             teacher_answers(job, shards, tmp_path)
+
+
+def test_a_teacher_of_the_graph_from_before_the_data_changed(
+    shards: Path,
+    teachers: dict[str, list[Teacher]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    path, copied = (Path(name, "model.keras") for name in ("runs/emotion/vgg", "elsewhere/vgg"))
+    job = replace(JOB, data_version="new", epochs=1)
+    for version, place in (("old", path), ("old", copied), ("new", path)):
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_bytes(Path(teachers["emotion"][0].path).read_bytes())
+        write_job(replace(job, model="vgg", data_version=version), place.with_name("job.json"))
+        student = replace(job, teachers=(Teacher(str(place), teachers["emotion"][0].sha256),))
+        if (version, place) != ("old", path):
+            assert teacher_answers(student, shards, tmp_path / version / place.parent)
+            continue
+        with pytest.raises(GrimaceError) as error:
+            teacher_answers(student, shards, tmp_path)
+        for part in (
+            f"teacher {path} was trained on other shards (old) than the student (new)",
+            "`uv run dvc repro train@emotion-vgg`",
+            "train.jobs.emotion-small.teachers",
+        ):
+            assert part in str(error.value)
 
 
 def test_another_teacher_than_meant(

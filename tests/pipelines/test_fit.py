@@ -16,7 +16,6 @@ from dataclasses import replace
 from itertools import count
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import h5py
@@ -29,6 +28,7 @@ from models import emotion, landmarks
 from models.metrics import interocular_errors
 from models.schemes import IBUG_68
 from pipelines import batches, fit
+from pipelines.checkpoint import saved_history
 from pipelines.cli import GrimaceError
 from pipelines.job import Job, Teacher, read_job, write_job
 from pipelines.params import load_params
@@ -38,6 +38,7 @@ from pipelines.tracking import sha256
 
 ROOT = Path(__file__).parents[2]
 TRAIN, VAL, VIEWS = 40, 16, 2
+EXPLOSIVE = 100.0  # a learning rate
 
 # Said of `_eager` below.
 pytestmark = pytest.mark.filterwarnings("ignore:Even though the .*run_functions_eagerly")
@@ -153,9 +154,10 @@ def run(job: Job, shards: Path, folder: Path, **options: Any) -> keras.Model:
 
 
 def history(folder: Path) -> list[dict[str, str]]:
-    """The rows of history.csv, without the one figure that is the clock's."""
+    """The rows of history.csv, without the figures that are the clock's."""
     rows = list(csv.DictReader((folder / "history.csv").open()))
-    return [{name: row[name] for name in row if name != "images_per_second"} for row in rows]
+    clock = ("images_per_second", "seconds")
+    return [{name: row[name] for name in row if name not in clock} for row in rows]
 
 
 def end_state(folder: Path) -> dict[str, np.ndarray]:
@@ -476,13 +478,16 @@ def test_a_finished_job_is_not_trained_again(
     assert differences(finished, whole) == {}
 
 
-@pytest.mark.parametrize("other", [{"seed": 2}, {"data_version": "two"}])
+@pytest.mark.parametrize(
+    "other", [{"seed": 2, "epochs": 1}, {"data_version": "two", "epochs": 1}, {"batch": 40}]
+)
 def test_another_jobs_checkpoint_is_not_resumed(
     other: dict[str, Any], finished: Path, emotions: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run(replace(EMOTION, epochs=1, **other), emotions, finished)
+    job = replace(EMOTION, **other)
+    run(job, emotions, finished)
     assert "resumed" not in capsys.readouterr().out
-    assert len(history(finished)) == 1
+    assert len(history(finished)) == job.epochs
 
 
 def test_nor_after_a_kill_in_the_first_epoch(
@@ -542,29 +547,43 @@ def test_landmarks_learn_and_the_best_epoch_is_kept(faces: Path, tmp_path: Path)
     assert np.array_equal(again.predict(val.images.astype(np.float32), verbose=0), answer)
 
 
-def test_a_loss_that_is_no_number_ends_it_and_keeps_the_state(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_a_loss_that_is_no_number_ends_it_and_its_advice_helps(
+    faces: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "shards").mkdir()
-    shards = write_shards(tmp_path / "shards", "landmarks")
-    second = shards / "train/landmarks-01.npy"
-    good = np.load(second)
-    np.save(second, np.full_like(good, np.nan))
-    job = replace(LANDMARKS, model="plain", epochs=2)
+    """Too high a rate: each step makes the error larger, until it has no number."""
+    settings = {"loss": "mse", "optimizer": "sgd", "schedule": "plateau", "epochs": 3}
+    job = replace(LANDMARKS, learning_rate=EXPLOSIVE, **settings)
     with pytest.raises(GrimaceError) as error:
-        run(job, shards, tmp_path)
+        run(job, faces, tmp_path / "one")
     for part in (
         "landmarks-plain: the loss is not a number in epoch 2",
-        "learning_rate (now 0.003)",
+        f"Lower learning_rate (now {EXPLOSIVE})",
         "precision float32 (now float32)",
-        f"The state after epoch 1 is kept in {tmp_path / 'checkpoint'}",
+        f"The state after epoch 1 is kept in {tmp_path / 'one/checkpoint'}: the same command goes",
     ):
         assert part in str(error.value)
-    assert not (tmp_path / "model.keras").exists()
-    np.save(second, good)
-    run(job, shards, tmp_path)
-    assert "resumed after epoch 1 of 2" in capsys.readouterr().out
-    assert len(history(tmp_path)) == 2
+    assert not (tmp_path / "one/model.keras").exists()
+    shutil.copytree(tmp_path / "one", tmp_path / "two")
+
+    gentle = replace(job, learning_rate=1e-6, clip_norm=1.0, batch=20)
+    run(gentle, faces, tmp_path / "one")
+    assert "resumed after epoch 1 of 3" in capsys.readouterr().out
+    assert len(history(tmp_path / "one")) == 3
+    machine = json.loads((tmp_path / "one/machine.json").read_text())
+    changed = f"learning_rate {EXPLOSIVE} → 1e-06, clip_norm None → 1.0, batch 8 → 20"
+    assert machine["changed"] == f"after epoch 1: {changed}"
+    (steps,) = [x for name, x in end_state(tmp_path / "one").items() if "optimizer/vars/0" in name]
+    assert steps == 3 * TRAIN / 20
+
+    def stop(epoch: int, row: dict[str, float]) -> None:
+        if epoch == 1:
+            raise Killed
+
+    with pytest.raises(Killed):  # and what goes on so is resumed as any other
+        run(gentle, faces, tmp_path / "two", on_epoch=stop)
+    run(gentle, faces, tmp_path / "two")
+    assert history(tmp_path / "two") == history(tmp_path / "one")
+    assert differences(tmp_path / "two", tmp_path / "one") == {}
 
 
 def test_weights_decay_but_biases_do_not(faces: Path) -> None:
@@ -616,6 +635,7 @@ def test_out_of_memory_ends_it_and_keeps_the_state(
     ):
         assert part in str(told.value)
     assert done(tmp_path) == 1
+    assert len(saved_history(replace(EMOTION, batch=4), tmp_path / "checkpoint")) == 1
 
 
 def test_other_errors_are_not_explained_away(
@@ -659,8 +679,6 @@ def test_averaged_weights_are_what_is_validated_and_saved(
 
     val = read_view(emotions, "val")
     answer = model.predict(val.images.astype(np.float32), verbose=0)
-    loss = -np.log(0.95 * answer + 1e-9)  # only to see that the two go together
-    assert np.isfinite(loss).all()
     assert rows[0]["val_accuracy"] == (answer.argmax(1) == val.emotions).mean()
 
 
@@ -708,35 +726,30 @@ def test_it_stops_when_nothing_is_gained(emotions: Path, tmp_path: Path) -> None
     assert len(history(tmp_path)) == len(accuracies)
 
 
-@pytest.fixture
-def head_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Freezing as the transfer networks do it, for one that has no pre-trained part."""
-
-    def set_frozen(model: keras.Model, frozen: bool) -> None:
-        for layer in model.layers[:-2]:
-            layer.trainable = not frozen
-
-    transfer = SimpleNamespace(set_frozen=set_frozen)
-    monkeypatch.setitem(sys.modules, "models.transfer", transfer)
-
-
-@pytest.mark.usefixtures("head_alone")
-def test_the_head_is_trained_first_then_all(
-    emotions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    job = replace(EMOTION, frozen_epochs=2, fine_tune_rate=0.01, epochs=4)
-    kernels: list[np.ndarray] = []
+def test_a_transfer_networks_head_is_trained_first_then_all(emotions: Path, tmp_path: Path) -> None:
+    built = emotion.build("mobilenet_v2", (), 16, 1, 0.0)
+    file = tmp_path / "base.weights.h5"
+    next(x for x in built.layers if isinstance(x, keras.Model)).save_weights(file)
+    job = replace(EMOTION, network="mobilenet_v2", widths=(), weights=str(file), batch=20)
+    job = replace(job, frozen_epochs=1, fine_tune_rate=0.01, weights_sha256=sha256(file))
+    before = base_arrays(file, "layers")
+    states: list[dict[str, np.ndarray]] = []
 
     def note(epoch: int, row: dict[str, float]) -> None:
-        file = tmp_path / f"checkpoint/epoch-{epoch + 1:04d}.weights.h5"
-        kernels.append(arrays(file)["layers/conv2d/vars/0"])
+        saved = tmp_path / f"checkpoint/epoch-{epoch + 1:04d}.weights.h5"
+        states.append(base_arrays(saved, "layers/functional/layers"))
 
     run(job, emotions, tmp_path, on_epoch=note)
-    assert np.array_equal(kernels[0], kernels[1])
-    assert not np.array_equal(kernels[1], kernels[2])
+    assert len(before) > 200 and all(state.keys() == before.keys() for state in states)
+    first, second, _ = (
+        {name for name in before if not np.array_equal(before[name], state[name])}
+        for state in states
+    )
+    assert first == set()
+    assert second == {name for name in before if "batch_normalization" not in name}
     rates = [float(row["learning_rate"]) for row in history(tmp_path)]
-    assert rates[1] == pytest.approx(0, abs=1e-6) and 0 < rates[2] < 0.01
-    assert phase_at(job, 2).rate == 0.01
+    assert rates[0] == pytest.approx(0, abs=1e-6) and 0 < rates[1] < 0.01
+    assert phase_at(job, 1).rate == 0.01
 
     def stop(last: int) -> Callable[[int, dict[str, float]], None]:
         def killed(epoch: int, row: dict[str, float]) -> None:
@@ -746,12 +759,21 @@ def test_the_head_is_trained_first_then_all(
         return killed
 
     again = tmp_path / "again"
-    for last in (1, 2):  # at the border, and after it
+    for last in (0, 1):  # at the border, and after it
         with pytest.raises(Killed):
             run(job, emotions, again, on_epoch=stop(last))
     run(job, emotions, again)
     assert history(again) == history(tmp_path)
     assert differences(again, tmp_path) == {}
+
+    with pytest.raises(GrimaceError, match=f"weights {file} have SHA-256 .* not {'0' * 64}"):
+        run(replace(job, weights_sha256="0" * 64), emotions, tmp_path / "other")
+
+
+def base_arrays(file: Path, under: str) -> dict[str, np.ndarray]:
+    """The arrays of a weights file that lie under a group."""
+    found = arrays(file)
+    return {name.removeprefix(under): found[name] for name in found if name.startswith(under)}
 
 
 # teachers

@@ -1,6 +1,7 @@
 import copy
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -69,6 +70,9 @@ def test_the_file_in_the_repository_is_valid(load: Load) -> None:
     assert params.augment.named("emotion").transforms[1].transform == "Rotate"
     assert params.augment.named("emotion").transforms[1].arguments["border_mode"] == 1
     assert params.train.jobs["landmarks-plain"].widths == (16, 32, 64, 128)
+    for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):  # they name what there is
+        named = re.findall(r"(?:--job |\btrain@)(\w+-\w+)", page.read_text())
+        assert set(named) <= params.train.jobs.keys(), page
 
 
 @pytest.mark.parametrize(

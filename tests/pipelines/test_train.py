@@ -6,7 +6,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import chdir
+from contextlib import chdir, contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -273,6 +273,52 @@ def test_another_jobs_result_is_not_taken(
         command(trained.root, monkeypatch, "--take", str(came))
 
 
+def test_files_that_a_job_needs_travel_with_it_and_are_known_by_their_sums(
+    trained: Trained,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """What comes back may have had them elsewhere, but no others."""
+    weights, teacher = tmp_path / "base.weights.h5", tmp_path / "teacher.keras"
+    sums = {}
+    for file in (weights, teacher):
+        file.write_text(file.name)
+        sums[file] = hashlib.sha256(file.read_bytes()).hexdigest()
+    change = {
+        "weights": str(weights),
+        "teachers": [{"path": str(teacher), "sha256": sums[teacher]}],
+    }
+    with changed_job(trained.root, change):
+        command(trained.root, monkeypatch, "--write-job", str(tmp_path / "job.json"))
+        said = capsys.readouterr().out
+        assert all(f"  {file}  {sums[file]}" in said for file in sums)
+        written = json.loads((tmp_path / "job.json").read_text())
+        assert written["weights_sha256"] == sums[weights]
+        came = Path(shutil.copytree(trained.root / "runs/emotion/plain", tmp_path / "came"))
+        there = {"weights": "/there/base.h5", "teachers": [{"path": "t", "sha256": sums[teacher]}]}
+        (came / "job.json").write_text(json.dumps(written | there))
+        command(trained.root, monkeypatch, "--take", str(came), "--out", str(tmp_path / "out"))
+        for other in ({"weights_sha256": "0" * 64}, {"teachers": [{"path": "t", "sha256": "1"}]}):
+            (came / "job.json").write_text(json.dumps(written | there | other))
+            with pytest.raises(GrimaceError, match=f"came is not the job .*{next(iter(other))} is"):
+                command(trained.root, monkeypatch, "--take", str(came))
+        weights.unlink()
+        with pytest.raises(GrimaceError, match="weights: there is no file"):
+            command(trained.root, monkeypatch, "--write-job", str(tmp_path / "job.json"))
+
+
+@contextmanager
+def changed_job(root: Path, change: dict[str, Any]) -> Iterator[None]:
+    """Other settings of the job in params.yaml, for a while."""
+    before = (root / "params.yaml").read_text()
+    values = yaml.safe_load(before)
+    values["train"]["jobs"]["emotion-plain"] |= change
+    (root / "params.yaml").write_text(yaml.safe_dump(values))
+    yield
+    (root / "params.yaml").write_text(before)
+
+
 def test_half_a_result_is_not_taken(
     trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -280,6 +326,42 @@ def test_half_a_result_is_not_taken(
     (came / "model.keras").unlink()
     with pytest.raises(GrimaceError, match=r"came lacks model\.keras; it must be the folder"):
         command(trained.root, monkeypatch, "--take", str(came))
+
+
+# after a breakdown
+
+
+def test_the_advice_after_a_breakdown_goes_on_from_its_checkpoint(
+    trained: Trained,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """In a run of its own, which has all epochs."""
+    import keras
+
+    out, real, epochs = tmp_path / "out", keras.Model.fit, []
+
+    def full(*arguments: Any, **options: Any) -> Any:
+        epochs.append(1)
+        if len(epochs) == 2:
+            raise MemoryError
+        return real(*arguments, **options)
+
+    with monkeypatch.context() as patch, pytest.raises(GrimaceError, match="Make batch smaller"):
+        patch.setattr(keras.Model, "fit", full)
+        command(trained.root, patch, "--out", str(out))
+    assert not out.exists()
+    with changed_job(trained.root, {"batch": 4}):
+        command(trained.root, monkeypatch, "--out", str(out))
+    assert "resumed after epoch 1 of 4" in capsys.readouterr().out
+    assert not list((trained.root / "checkpoints").glob("emotion-*"))
+    with tracking.run_of_model(trained.params.tracking, "emotion", out / "model.keras") as run:
+        found = mlflow.get_run(run.info.run_id)
+    assert found.data.params["batch"] == "4"
+    assert found.data.tags["grimace.machine.changed"] == "after epoch 1: batch 8 → 4"
+    logged = mlflow.MlflowClient().get_metric_history(found.info.run_id, "loss")
+    assert [metric.step for metric in logged] == list(range(EPOCHS))
 
 
 # while MLflow is away
