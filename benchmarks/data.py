@@ -251,13 +251,15 @@ def augment_stage(
     """Write the shards of the given images, as `augment` does."""
     from pipelines.augment import write_shards
 
-    out, earlier = work / ("earlier" if keep else "shards"), work / "earlier"
+    name = "earlier" if keep else "shards"
+    out, digests = work / name, work / f"{name}-digests"
     out.mkdir()
-    write_shards(
-        recipe(), index_of(work, rows), out, workers, previous=earlier if previous else None
-    )
+    digests.mkdir()
+    earlier = (work / "earlier", work / "earlier-digests") if previous else None
+    write_shards(recipe(), index_of(work, rows), out, workers, digests=digests, previous=earlier)
     if not keep:
         rmtree(out)
+        rmtree(digests)
 
 
 # The same by a plain loop

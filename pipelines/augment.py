@@ -18,6 +18,7 @@ from importlib.metadata import version
 from io import BufferedWriter
 from itertools import islice, tee
 from pathlib import Path
+from shutil import rmtree
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import cv2
@@ -43,6 +44,8 @@ SIDES: tuple[Side, ...] = ("train", "val")
 # What each view of each side is stored as.
 KINDS = {"emotion": ("images",), "landmarks": ("images", "landmarks", "visible")}
 
+Previous = tuple[Path, Path]  # shards and digests of an earlier run
+
 # What `make_rows` needs; not this module, which a worker imports under another name.
 WORKING = ("albumentations", "pipelines.params", "pipelines.views")
 
@@ -67,9 +70,11 @@ def main() -> None:
     split = Path("data/split", task.dataset, "index.parquet")
     index = usable(Path("data/clean", task.dataset), split, args.task)
 
-    shards = Path("data/augment", args.task)
-    with whole_folder(shards) as out:
-        taken_over = write_shards(recipe, index, out, workers, params.cluster.address, shards)
+    shards, digests = Path("data/augment", args.task), Path("data/digests", args.task)
+    with whole_folder(digests) as own, whole_folder(shards) as out:
+        address, previous = params.cluster.address, (shards, digests)
+        taken_over = write_shards(recipe, index, out, workers, address, own, previous)
+        rmtree(digests, ignore_errors=True)  # before the shards go that they are of
     print(f"{taken_over} rows taken over from the last run")
     with whole_folder(Path("reports/augment", args.task)) as report:
         draw_sheet(shards, recipe.settings.views, report / "views.png")
@@ -128,7 +133,8 @@ def write_shards(
     out: Path,
     workers: int,
     address: str | None = None,
-    previous: Path | None = None,
+    digests: Path | None = None,
+    previous: Previous | None = None,
 ) -> int:
     """Write `pipelines.shards` files for the train and val rows of an index.
 
@@ -138,8 +144,11 @@ def write_shards(
         out: an empty folder.
         workers: processes.
         address: of a Ray cluster to use instead.
-        previous: shards of an earlier run, whose rows are taken over where the same would be made
-            again. The bytes written are the same with or without.
+        digests: an empty folder for {train,val}.npy, uint8 (n, 32): a digest of all that each row
+            was made from. Apart from the shards, so that these are no others, and need not be
+            trained on again, where only the code that makes them was edited.
+        previous: shards and digests of an earlier run, whose rows are taken over where the same
+            would be made again. The bytes written are the same with or without.
 
     Returns:
         Number of rows taken over.
@@ -164,7 +173,7 @@ def write_shards(
     made = fan_out(make, todo, workers, address)
     taken_over = 0
     with (
-        _npy_files(out, _shapes(recipe, plan)) as files,
+        _npy_files(_shapes(recipe, plan, out, digests)) as files,
         tqdm(total=plan["copies"].sum(), desc=f"augment {recipe.name}", unit="img") as progress,
     ):
         for fresh, chunk in zip(made, behind, strict=True):
@@ -245,28 +254,32 @@ def _views(recipe: Recipe, side: Side) -> int:
     return recipe.settings.views if side == "train" else 1
 
 
-def _shapes(recipe: Recipe, plan: "pd.DataFrame") -> dict[str, tuple[tuple[int, ...], type]]:
-    """Return shape and type of every file that is written row by row."""
+def _shapes(
+    recipe: Recipe, plan: "pd.DataFrame", out: Path, digests: Path | None
+) -> dict[str, tuple[Path, tuple[int, ...], type]]:
+    """Return place, shape and type of every file that is written row by row."""
     size, channels, points = recipe.task.size, recipe.task.channels, int(plan["points"].iloc[0])
     of_one: dict[str, tuple[tuple[int, ...], type]] = {
         "images": ((size, size, channels), np.uint8),
         "landmarks": ((points, 2), np.float32),
         "visible": ((points,), np.bool_),
     }
-    shapes: dict[str, tuple[tuple[int, ...], type]] = {}
+    shapes: dict[str, tuple[Path, tuple[int, ...], type]] = {}
     for side in SIDES:
         count = int(plan.loc[plan["split"] == side, "copies"].sum())
-        shapes[f"{side}/digests"] = (count, 32), np.uint8
+        if digests:
+            shapes[f"{side}/digests"] = digests / f"{side}.npy", (count, 32), np.uint8
         for view in range(_views(recipe, side)):
             for kind in KINDS[recipe.name]:
                 shape, dtype = of_one[kind]
-                shapes[f"{side}/{kind}-{view:02d}"] = (count, *shape), dtype
+                name = f"{side}/{kind}-{view:02d}"
+                shapes[name] = out / f"{name}.npy", (count, *shape), dtype
     return shapes
 
 
 @contextmanager
 def _npy_files(
-    folder: Path, shapes: dict[str, tuple[tuple[int, ...], type]]
+    shapes: dict[str, tuple[Path, tuple[int, ...], type]],
 ) -> Iterator[dict[str, BufferedWriter]]:
     """Open .npy files for rows in their order, with the space for all of them reserved.
 
@@ -274,8 +287,8 @@ def _npy_files(
     """
     with ExitStack() as stack:
         files = {}
-        for name, (shape, dtype) in shapes.items():
-            file = stack.enter_context((folder / f"{name}.npy").open("wb"))
+        for name, (path, shape, dtype) in shapes.items():
+            file = stack.enter_context(path.open("wb"))
             descr = np.lib.format.dtype_to_descr(np.dtype(dtype))
             header = {"descr": descr, "fortran_order": False, "shape": shape}
             np.lib.format.write_array_header_1_0(file, header)
@@ -285,7 +298,7 @@ def _npy_files(
         yield files
 
 
-def _chunks(recipe: Recipe, plan: "pd.DataFrame", previous: Path | None) -> Iterator[list[Row]]:
+def _chunks(recipe: Recipe, plan: "pd.DataFrame", previous: Previous | None) -> Iterator[list[Row]]:
     """Yield the rows of the shards in order, some at a time."""
     stream = _rows(recipe, plan, previous)
     row_bytes = recipe.settings.views * recipe.task.size**2 * recipe.task.channels
@@ -293,7 +306,7 @@ def _chunks(recipe: Recipe, plan: "pd.DataFrame", previous: Path | None) -> Iter
         yield chunk
 
 
-def _rows(recipe: Recipe, plan: "pd.DataFrame", previous: Path | None) -> Iterator[Row]:
+def _rows(recipe: Recipe, plan: "pd.DataFrame", previous: Previous | None) -> Iterator[Row]:
     from pipelines.datasets.table import read_examples
 
     known = {side: _known_rows(previous, side) for side in SIDES}
@@ -308,11 +321,16 @@ def _rows(recipe: Recipe, plan: "pd.DataFrame", previous: Path | None) -> Iterat
                 yield Row(example, side, copy, digest, known[side].get(digest))
 
 
-def _known_rows(previous: Path | None, side: Side) -> dict[bytes, int]:
-    path = previous / side / "digests.npy" if previous else None
-    if path is None or not path.exists():
+def _known_rows(previous: Previous | None, side: Side) -> dict[bytes, int]:
+    if not previous:
         return {}
-    return {digest.tobytes(): row for row, digest in enumerate(np.load(path))}
+    shards, digests = previous[0] / side / "ids.npy", previous[1] / f"{side}.npy"
+    if not (shards.exists() and digests.exists()):
+        return {}
+    known = np.load(digests)
+    if len(known) != len(np.load(shards, mmap_mode="r")):  # not of these shards
+        return {}
+    return {digest.tobytes(): row for row, digest in enumerate(known)}
 
 
 def _digest_of(recipe: Recipe) -> Callable[[Example, Side, int], bytes]:
@@ -360,7 +378,10 @@ def make_rows(recipe: Recipe, policy: Any, rows: Sequence[Row]) -> dict[str, np.
 
 
 def _completed(
-    name: str, chunk: Sequence[Row], fresh: dict[str, np.ndarray], previous: Path | None
+    name: str,
+    chunk: Sequence[Row],
+    fresh: dict[str, np.ndarray],
+    previous: Previous | None,
 ) -> np.ndarray:
     """Return a chunk's rows of one file: those made now, with those taken over between them."""
     rows = [row for row in chunk if name.startswith(row.side)]
@@ -369,7 +390,7 @@ def _completed(
     old = [row.old for row in rows if row.old is not None]
     if not previous or not old:
         return fresh.get(name, np.empty(0))
-    taken_over = np.load(previous / f"{name}.npy", mmap_mode="r")[old]
+    taken_over = np.load(previous[0] / f"{name}.npy", mmap_mode="r")[old]
     result = np.empty((len(rows), *taken_over.shape[1:]), taken_over.dtype)
     is_old = np.array([row.old is not None for row in rows])
     result[is_old] = taken_over

@@ -3,7 +3,6 @@
     meta.json                     task, crop, classes or landmark scheme, counts
     {train,val}/ids.npy           (n,)           unicode; balancing repeats some in train
     {train,val}/weights.npy       (n,)           float32 in (0, 1]; 1 where the file is absent
-    {train,val}/digests.npy       (n, 32)        uint8, of all that the row was made from
     {train,val}/emotions.npy      (n,)           int64, task emotion
     {train,val}/images-VV.npy     (n, S, S, C)   uint8, one file a view
     {train,val}/landmarks-VV.npy  (n, N, 2)      float32, crop coordinates, task landmarks

@@ -98,11 +98,19 @@ def index_of(root: Path, task: Any) -> pd.DataFrame:
 
 
 def written(root: Path, task: Any, out: Path, **options: Any) -> Path:
-    """The shards of what `prepare` left in a folder, in another."""
+    """The shards of what `prepare` left in a folder, in another, with their digests in a third."""
     out.mkdir()
+    digests = out.with_name(f"{out.name}-digests")
+    digests.mkdir()
     settings = options.pop("settings", {})
-    write_shards(recipe_of(root, task, **settings), index_of(root, task), out, 1, **options)
+    recipe = recipe_of(root, task, **settings)
+    write_shards(recipe, index_of(root, task), out, 1, digests=digests, **options)
     return out
+
+
+def of_the_stage(stage: Path, task: str) -> tuple[Path, Path]:
+    """The shards and digests that the stage has left."""
+    return stage / "data/augment" / task, stage / "data/digests" / task
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -120,7 +128,7 @@ def test_two_processes_write_the_same_bytes(
     assert len(parts(stage / "data/clean/synthetic")) == 5
     write_shards(recipe_of(stage, "landmarks"), index_of(stage, "landmarks"), tmp_path, workers=2)
     one, two = files(stage / "data/augment/landmarks"), files(tmp_path)
-    assert one.keys() == two.keys() and len(one) == 1 + 3 + 3 * 3 + 3 + 3
+    assert one.keys() == two.keys() and len(one) == 1 + 2 + 3 * 3 + 2 + 3
     for name, content in one.items():
         assert content == two[name], name
 
@@ -295,12 +303,13 @@ def test_added_images_change_no_other_and_only_they_are_made(
     more = sorted([*FACES[:3], *FACES[4:], *faces(20, 6)], key=lambda face: face.id)
     prepare(tmp_path, more, workers=1)
     made = count_made(monkeypatch)
-    old = stage / "data/augment" / task
-    taken_over = written(tmp_path, task, tmp_path / "with", previous=old)
+    old, digests = of_the_stage(stage, task)
+    taken_over = written(tmp_path, task, tmp_path / "with", previous=(old, digests))
     new = [e.id for e in more if e.id in {f"face-{n}" for n in range(20, 26)}]
     assert made == [id for id in new if id not in ("face-23",)]  # which is for the test
     anew = written(tmp_path, task, tmp_path / "without")
     assert files(taken_over) == files(anew)
+    assert files(tmp_path / "with-digests") == files(tmp_path / "without-digests")
     for side in ("train", "val"):
         for view in range(3 if side == "train" else 1):
             first, second = read_view(old, side, view), read_view(anew, side, view)
@@ -328,7 +337,7 @@ def test_what_makes_a_row_another(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     made = count_made(monkeypatch)
-    old = stage / "data/augment/emotion"
+    old = of_the_stage(stage, "emotion")
     after = written(stage, "emotion", tmp_path / "out", settings=change, previous=old)
     assert len(made) == remade
     assert files(after) == files(written(stage, "emotion", tmp_path / "a", settings=change))
@@ -344,15 +353,17 @@ def test_changed_pixels_labels_or_code_make_a_row_another(
     changed[4] = replace(FACES[4], weight=0.5)  # which changes no pixel
     prepare(tmp_path, changed, workers=1)
     made = count_made(monkeypatch)
-    old = stage / "data/augment/landmarks"
+    old = of_the_stage(stage, "landmarks")
     out = written(tmp_path, "landmarks", tmp_path / "out", previous=old)
     assert made == ["face-0", "face-1", "face-2"]
     assert read_view(out, "train").weights.tolist() == [1, 1, 0.5, 1, 1, 1, 1, 1]
     made.clear()
     (tmp_path / "other.py").write_text("")
     monkeypatch.setattr(augment, "SOURCES", (*augment.SOURCES, str(tmp_path / "other.py")))
-    written(stage, "landmarks", tmp_path / "all", previous=old)
+    again = written(stage, "landmarks", tmp_path / "all", previous=old)
     assert len(made) == 11
+    assert files(again) == files(old[0])  # so nothing has to be trained again
+    assert files(tmp_path / "all-digests") != files(old[1])
 
 
 def test_a_killed_run_leaves_the_old_shards_and_the_next_the_same_bytes(
