@@ -2,6 +2,12 @@
 
 The docstring of each says where it comes from and what it costs at the setting it is recommended
 with. A builder takes the image and returns the coordinates; `build` does the rest.
+
+Scores are means over seeds on real faces (inter-ocular NME of 68 points on YTF's test people), with
+their intervals in docs/results/scores; the time is one training's. A job with that network is
+trained and measured by
+
+    python -m benchmarks.scores --task landmarks --archive ytf_keypoints.zip --jobs JOB
 """
 
 from collections.abc import Sequence
@@ -74,7 +80,8 @@ def plain(
     Setting: size 96, channels 1, widths (16, 32, 64, 128), points 68
     Parameters: 338,200
     Multiply-adds: 29,604,096
-    Score: docs/results
+    Score: not measured
+    Job: landmarks-plain
     """
     x = layers.Rescaling(1 / 127.5, offset=-1)(image)
     x = backbones.plain(x, widths, stem_stride=max(1, image.shape[1] // 48))
@@ -92,7 +99,7 @@ def residual(
     Setting: size 96, channels 1, widths (32, 64, 96, 128), points 68
     Parameters: 1,089,496
     Multiply-adds: 54,413,568
-    Score: docs/results
+    Score: not measured
     """
     x = layers.Rescaling(1 / 127.5, offset=-1)(image)
     x = backbones.residual(x, widths, stem_stride=max(1, image.shape[1] // 48))
@@ -113,7 +120,8 @@ def simcc(
     Setting: size 96, channels 1, widths (32, 64, 96), points 68
     Parameters: 495,344
     Multiply-adds: 50,209,920
-    Score: docs/results
+    Score: not measured
+    Job: landmarks-compact
     """
     size = image.shape[1]
     x = layers.Rescaling(1 / 127.5, offset=-1)(image)
@@ -139,7 +147,8 @@ def heatmap(
     Setting: size 96, channels 1, widths (32, 64, 96), points 68
     Parameters: 533,072
     Multiply-adds: 67,556,544
-    Score: docs/results
+    Score: not measured
+    Job: landmarks-heatmap
     """
     x = layers.Rescaling(1 / 127.5, offset=-1)(image)
     x = backbones.pyramid(x, widths, stem_stride=max(1, image.shape[1] // 48))
@@ -163,7 +172,8 @@ def coordinate_cnn(image: keras.KerasTensor, dropout: float, points: int) -> ker
     Setting: size 96, channels 1, widths (), points 68
     Parameters: 4,892,648
     Multiply-adds: 262,211,584
-    Score: docs/results
+    Score: not measured
+    Job: landmarks-coordinate_cnn
     """
     x = layers.Rescaling(1 / 255)(image)
     for width, convolutions, rate in ((32, 2, 0.1), (64, 2, 0.2), (128, 1, 0.3)):
@@ -187,7 +197,8 @@ def vgg19(
     Setting: size 96, channels 1, widths (), points 68
     Parameters: 20,653,256
     Multiply-adds: 3,583,807,488
-    Score: docs/results
+    Score: not measured
+    Job: landmarks-vgg19
     """
     return _regressed(layers.Flatten()(transfer.vgg19(image, weights)), dropout, points)
 

@@ -15,6 +15,7 @@ import yaml
 from PIL import Image
 
 from benchmarks import others, scores
+from models import emotion, landmarks
 from models.schemes import EMOTIONS
 from pipelines.cli import GrimaceError
 from pipelines.datasets import synthetic
@@ -23,6 +24,7 @@ from pipelines.job import read_job
 from pipelines.params import load_params
 
 ROOT = Path(__file__).parents[2]
+MODULES = {"emotion": emotion, "landmarks": landmarks}
 SETTINGS = load_params(ROOT / "params.yaml").evaluate
 
 
@@ -77,6 +79,36 @@ def test_seeds_are_averaged_and_their_ensemble_stands_apart(tmp_path: Path) -> N
     assert "| 4 min, fitting alone | a processor, tensorflow, cpu:0 |" in page  # as older ones are
     assert page.count("python -m benchmarks.scores --jobs net --seeds ") == 3
     assert Image.open(tmp_path / "scores.png").width > 300
+
+
+@pytest.mark.parametrize(
+    ("task", "name"), [(task, name) for task, each in MODULES.items() for name in each.NETWORKS]
+)
+def test_a_networks_docstring_has_what_is_published(task: str, name: str) -> None:
+    """Its job has that network, of that size; score and time are those of the results."""
+    docstring = MODULES[task].NETWORKS[name].__doc__
+    fields = dict(re.findall(r"\n    (\w+): ([^\n]+)", docstring))
+    widths = [int(width) for width in re.findall(r"\d+", fields["Setting"].split("widths")[1])]
+    widths = widths[:-1] if "points" in fields["Setting"] else widths
+    jobs = {key: job.resolved("fer2013") for key, job in scores._jobs().items()}
+    having = {key for key, job in jobs.items() if (job.network, job.task) == (name, task)}
+    if not having:
+        assert "Job" not in fields and fields["Score"] == "not measured"
+        return
+    job = jobs[fields["Job"]]
+    assert (job.network, job.task, [*job.widths]) == (name, task, widths)
+    published = ROOT / scores.OUT / task / "results.json"
+    rows = json.loads(published.read_text())["rows"] if published.exists() else []
+    row = next((row for row in rows if row["name"] == fields["Job"]), None)
+    if row is None:
+        assert fields["Score"] == "not measured" and "Time" not in fields
+        return
+    mean = row["test"]["none"][scores.FIGURES[task][0]]["mean"]
+    assert fields["Score"] == f"{100 * mean:.2f} %, {len(row['runs'])} seeds".replace(
+        "1 seeds", "1 seed"
+    )
+    minutes = np.median([run["minutes"] for run in row["runs"]])
+    assert fields["Time"].startswith(f"{minutes:.0f} min on ")
 
 
 def test_listed_ensembles_wait_for_all_members(

@@ -56,7 +56,7 @@ def test_the_docstring_tells_the_truth(task: str, name: str) -> None:
     model = MODULES[task].build(name, widths, dropout=0.1, **rest)
     assert model.count_params() == number(docstring, "Parameters")
     assert multiply_adds(model) == number(docstring, "Multiply-adds")
-    for field in ("Source", "Input", "Output", "Score"):
+    for field in ("Source", "Input", "Output", "Score"):  # the last is held against the results
         assert re.search(rf"\n    {field}: .", docstring), field
 
 
