@@ -193,11 +193,9 @@ def searchable(tmp_path: Path, empty_store: Path, monkeypatch: pytest.MonkeyPatc
 @pytest.fixture(autouse=True, scope="module")
 def own_tracking() -> Iterator[None]:
     """Let no module inherit the store of another: MLflow puts its address into the environment."""
-    before = os.environ.get("MLFLOW_TRACKING_URI")
+    os.environ.pop("MLFLOW_TRACKING_URI", None)  # of a fixture of the session, or the user's
     yield
     os.environ.pop("MLFLOW_TRACKING_URI", None)
-    if before is not None:
-        os.environ["MLFLOW_TRACKING_URI"] = before
 
 
 class Shop:

@@ -108,8 +108,9 @@ def test_a_port_that_is_taken_is_named(make_service, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("how", ["Ctrl-C", "a wrong database"])
 def test_a_start_that_comes_to_nothing_leaves_nothing(how, make_service, tmp_path: Path) -> None:
-    wrong = {"PREFECT_SERVER_DATABASE_CONNECTION_URL": "sqlite+aiosqlite:////no/such/folder/a.db"}
-    other = make_service(tmp_path, **wrong)
+    (tmp_path / "file").touch()  # in which there can be no folder, whoever asks
+    database = f"sqlite+aiosqlite:///{tmp_path}/file/a.db"
+    other = make_service(tmp_path, PREFECT_SERVER_DATABASE_CONNECTION_URL=database)
     (tmp_path / "params.yaml").write_text((ROOT / "params.yaml").read_text())
     process = other.call("-m", "flows.up", *other.ports)
     parts = tmp_path / "runs/service/parts.json"

@@ -413,6 +413,7 @@ def killed_at(step: int, work: Callable[[], Any]) -> bool:
 
             setattr(mlflow.MlflowClient, name, counted)
         work()
+        os._exit(0)  # not by Prefect's handlers: the threads they wait for are not in a fork
 
     process = multiprocessing.get_context("fork").Process(target=target)
     process.start()
