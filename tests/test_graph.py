@@ -40,6 +40,7 @@ def workspace(tmp_path_factory):
     params["evaluate"]["resamples"] = 100
     params["export"] |= {"calibration": 16, "trial": 16, "engines": ["sm89"]}
     params["verify"]["latency_runs"] = 10
+    params["verify"]["runtimes"] = {"tflite": ["litert"], "tfjs": ["wasm"]}  # test_verify has more
     (folder / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
     git = ["git", "-c", "user.name=test", "-c", "user.email=test@localhost"]
     for command in (["init", "-q"], ["add", "-A"], ["commit", "-qm", "start"]):
