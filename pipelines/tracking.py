@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 PACKAGES = ("tensorflow", "keras", "numpy", "albumentations", "opencv-python-headless", "mlflow")
 MODEL_TAG = "grimace.model_sha256"
+# What was edited since the commit; dvc.lock is what a run itself writes.
+CHANGED = ("status", "--porcelain", "--untracked-files=no", "--", ".", ":(exclude)dvc.lock")
 
 
 def connect(settings: Tracking, task: str) -> "mlflow.MlflowClient":
@@ -251,7 +253,7 @@ def provenance(data: Path) -> dict[str, str]:
     """Return tags that say which code, data and machine made a run."""
     return {
         "grimace.git_commit": _git("rev-parse", "HEAD") or "no git",
-        "grimace.git_dirty": str(bool(_git("status", "--porcelain", "--untracked-files=no"))),
+        "grimace.git_dirty": str(bool(_git(*CHANGED))),
         "grimace.data_version": data_version(data),
         "grimace.python": platform.python_version(),
         "grimace.machine": f"{os.cpu_count()} cores, {platform.machine()}",

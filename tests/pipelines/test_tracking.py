@@ -331,9 +331,11 @@ def test_provenance(tmp_path: Path) -> None:
         assert tracking.provenance(Path("data"))["grimace.git_commit"] == "no git"
         git("init", "-q")
         Path("code.py").write_text("1")
-        git("add", "code.py")
+        Path("dvc.lock").write_text("stages: {}\n")
+        git("add", "code.py", "dvc.lock")
         git("commit", "-qm", "one")
         Path("untracked").touch()
+        Path("dvc.lock").write_text("stages: {}  # as a run leaves it\n")
         tags = tracking.provenance(Path("data"))
         assert tags["grimace.git_commit"] == git("rev-parse", "HEAD")
         assert tags["grimace.git_dirty"] == "False"
