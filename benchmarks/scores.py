@@ -103,7 +103,7 @@ def _arguments() -> argparse.Namespace:
 
 def _in_turn(args: argparse.Namespace) -> list[tuple[str, int]]:
     """Return what is to be trained: students last, and networks in turn, to compare them early."""
-    names = args.jobs or [name for name, job in _jobs().items() if job.task == args.task]
+    names = args.jobs or [name for name, job in known_jobs().items() if job.task == args.task]
     pairs = [(name, seed) for seed in args.seeds for name in names]
     return sorted(pairs, key=lambda pair: pair[0] in _teachers())
 
@@ -113,7 +113,7 @@ def _listed() -> dict[str, Any]:
     return listed
 
 
-def _jobs() -> dict[str, TrainJob]:
+def known_jobs() -> dict[str, TrainJob]:
     """Return all jobs, without the teachers that are trainings of this benchmark."""
     fields = _listed()["jobs"]
     alone = {name: {**job, "teachers": ()} for name, job in fields.items()}
@@ -134,7 +134,7 @@ def _job(name: str, seed: int, task: TaskName, params: Params, work: Path) -> Jo
     """
     from pipelines import tracking
 
-    jobs = _jobs()
+    jobs = known_jobs()
     if name not in jobs or jobs[name].task != task:
         known = ", ".join(known for known, job in jobs.items() if job.task == task)
         raise GrimaceError(f"no job {name!r} for {task}; there are {known}")
