@@ -2,9 +2,10 @@ r"""What we deploy beside what people use: accuracy, latency and size, in one ru
 
     python -m benchmarks.deploy --emotion DIR/fer2013.zip --landmarks DIR/ytf_keypoints.zip
 
-after `uv run dvc repro` on those datasets. Ours is the int8 TFLite file of deploy/TASK; beside it
-stand the network in the package fer, converted to TFLite as it is and with int8 weights, and
-MediaPipe's face mesh without its detector. All answer on the same test faces, each in the crop it
+after `uv run dvc repro` on those datasets. Ours is the int8 TFLite file of deploy/TASK, and with
+--models also trainings of `benchmarks.scores`, quantised here as `export` does it; beside it stand
+the network in the package fer, converted to TFLite as it is and with int8 weights, and MediaPipe's
+face mesh without its detector. All answer on the same test faces, each in the crop it
 wants, and all run in LiteRT on one thread. Latency is taken in rounds, each with every network in
 turn, so that what else the machine does falls on all alike; a ratio is the median over rounds.
 
@@ -39,6 +40,7 @@ from benchmarks.others import PACKAGES, Package, open_lite, package_of
 from benchmarks.publication import show
 from benchmarks.scores import FIGURES, percent, test_faces
 from pipelines.cli import GrimaceError, run
+from pipelines.job import read_job
 from pipelines.params import Params, TaskName, load_params
 
 OUT = Path("docs/results/deploy")
@@ -76,9 +78,10 @@ def main() -> None:
     results: dict[str, Any] = {"date": f"{datetime.now(UTC):%Y-%m-%d}", "tasks": {}}
     archives: dict[TaskName, Path | None] = {"emotion": args.emotion, "landmarks": args.landmarks}
     for task, archive in archives.items():
-        if archive:
-            with contestants(task, args.wheels) as found:
-                results["tasks"][task] = measure(task, found, archive, params, args.rounds)
+        for model in (None, *of_task(args.models, task)) if archive else ():
+            with contestants(task, args.wheels, params, model) as found:
+                title = f"{task}, {model.name}" if model else task
+                results["tasks"][title] = measure(task, found, archive, params, args.rounds)
     if args.page:
         results["page"] = time_page()
     results["command"] = f"python -m benchmarks.deploy {' '.join(_told(args))}"
@@ -91,6 +94,9 @@ def _arguments() -> argparse.Namespace:
     )
     parser.add_argument("--emotion", type=Path, help="archive of the emotion task's dataset")
     parser.add_argument("--landmarks", type=Path, help="archive of the landmark task's dataset")
+    parser.add_argument(
+        "--models", nargs="+", type=Path, default=[], help="also these: data/benchmarks/scores/…"
+    )
     parser.add_argument("--rounds", type=int, default=20, help="of latency (default: 20)")
     parser.add_argument("--page", action="store_true", help="time the models in the page too")
     parser.add_argument("--publish", action="store_true", help=f"write {OUT}")
@@ -110,14 +116,36 @@ def _told(args: argparse.Namespace) -> Iterator[str]:
     for name in ("emotion", "landmarks"):
         if archive := getattr(args, name):
             yield f"--{name} {archive.name}"
+    if args.models:
+        yield f"--models {' '.join(map(str, args.models))}"
     yield f"--rounds {args.rounds}"
     if args.page:
         yield "--page"
 
 
+def of_task(models: list[Path], task: TaskName) -> list[Path]:
+    """Return the folders of trainings that are for a task.
+
+    Raises:
+        GrimaceError: a folder holds no finished training.
+    """
+    for folder in models:
+        if not all((folder / name).exists() for name in ("job.json", "model.keras")):
+            raise GrimaceError(f"{folder} holds no finished training of `benchmarks.scores`")
+    return [folder for folder in models if read_job(folder / "job.json").task == task]
+
+
 @contextmanager
-def contestants(task: TaskName, wheels: Path) -> Iterator[list[Contestant]]:
+def contestants(
+    task: TaskName, wheels: Path, params: Params, model: Path | None = None
+) -> Iterator[list[Contestant]]:
     """Find ours and unpack theirs, for as long as the block lasts.
+
+    Args:
+        task: "emotion" or "landmarks".
+        wheels: a folder that has theirs.
+        params: those that ours was trained with.
+        model: the folder of a training; None for what deploy/TASK holds.
 
     Raises:
         GrimaceError: ours was not exported, or the wheel of theirs is not there.
@@ -129,7 +157,8 @@ def contestants(task: TaskName, wheels: Path) -> Iterator[list[Contestant]]:
     package = package_of(wheel)
     assert package is not None
     with TemporaryDirectory() as scratch:
-        yield [ours(task), *theirs(package, wheel, Path(scratch))]
+        first = quantised(task, model, params, Path(scratch)) if model else deployed(task)
+        yield [first, *theirs(package, wheel, Path(scratch))]
 
 
 def _is_for(wheel: Path, task: TaskName) -> bool:
@@ -137,13 +166,30 @@ def _is_for(wheel: Path, task: TaskName) -> bool:
     return package is not None and package.task == task
 
 
-def ours(task: TaskName) -> Contestant:
+def deployed(task: TaskName) -> Contestant:
     """Return the int8 file of deploy/TASK."""
-    from pipelines.runtimes import load
-
     path = Path("deploy", task, "tflite", "int8.tflite")
     if not path.exists():
         raise GrimaceError(f"{path} is missing: run `uv run dvc repro`")
+    return ours("Grimace, int8", path)
+
+
+def quantised(task: TaskName, model: Path, params: Params, scratch: Path) -> Contestant:
+    """Quantise a training to int8 by the faces, the recipes and the budget of `export`."""
+    from pipelines.export import calibrate
+    from pipelines.exporters import tflite
+    from pipelines.runtimes import load
+
+    with load(model / "model.keras") as reference:
+        calibration = calibrate(task, params, reference.predict)
+    tflite.export(model / "model.keras", scratch / "ours", calibration)
+    return ours(f"Grimace {model.name}, int8", scratch / "ours" / "int8.tflite")
+
+
+def ours(name: str, path: Path) -> Contestant:
+    """Return a file of ours, which takes crops as they are."""
+    from pipelines.runtimes import load
+
     with load(path) as model:
         elements = int(np.prod(model.output_shape))
 
@@ -151,7 +197,7 @@ def ours(task: TaskName) -> Contestant:
         with load(path) as model:
             return model.predict(images)
 
-    return Contestant("Grimace, int8", path, {}, _as_float, elements, ask)
+    return Contestant(name, path, {}, _as_float, elements, ask)
 
 
 def _as_float(images: np.ndarray) -> np.ndarray:
@@ -383,8 +429,8 @@ def page(results: dict[str, Any]) -> str:
         "Same machine, one thread, same test faces. Ratios say how many times faster and smaller "
         f"ours is: {FASTER} and {SMALLER} are aimed at, at no loss.\n\n"
     )
-    for task, found in results["tasks"].items():
-        names = FIGURES[task]
+    for title, found in results["tasks"].items():
+        names = FIGURES[title.partition(",")[0]]
         head = ("network", *names, "latency", "size", "ours is faster", "smaller")
         head += tuple(f"{name}, ours less theirs" for name in names)
         rows = []
@@ -395,7 +441,7 @@ def page(results: dict[str, Any]) -> str:
                 cells += [f"{row['faster']:.2f} ×", f"{row['smaller']:.2f} ×"]
                 cells += [percent(row["difference"][name]) for name in names]
             rows.append(tuple(cells + [""] * (len(head) - len(cells))))
-        text += f"## {task.capitalize()}: {found['faces']:,} faces\n\n{markdown(rows, head)}\n"
+        text += f"## {title.capitalize()}: {found['faces']:,} faces\n\n{markdown(rows, head)}\n"
     if "page" in results:
         rows = [
             (

@@ -11,7 +11,10 @@ import pytest
 from benchmarks import deploy
 from benchmarks.others import PACKAGES
 from models.schemes import EMOTIONS
+from pipelines import export
 from pipelines.cli import GrimaceError
+from pipelines.exporters.quantisation import Calibration
+from pipelines.job import write_job
 from pipelines.params import Params, load_params
 from pipelines.runtimes.javascript import chromium
 
@@ -56,7 +59,7 @@ def test_both_answer_on_the_same_faces_in_their_own_crops(
     made = deploy.convert(tmp_path / "ours.keras", tmp_path)
     ours.mkdir(parents=True)
     made["int8 weights"].rename(ours / "int8.tflite")
-    with deploy.contestants("emotion", wheels) as found:
+    with deploy.contestants("emotion", wheels, params) as found:
         results = deploy.measure("emotion", found, None, params, rounds=3)
     faces = deploy.test_faces("emotion", None, params)
     happy, angry = ((faces.emotions == place).mean() for place in (EMOTIONS.index("happy"), 0))
@@ -73,10 +76,33 @@ def test_both_answer_on_the_same_faces_in_their_own_crops(
     assert f"## Emotion: {len(faces.ids)} faces" in deploy.page(told)
 
 
+def test_a_training_is_quantised_and_measured_too(
+    tmp_path: Path, wheels: Path, params: Params, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    faces = deploy.test_faces("emotion", None, params)
+    images = faces.images[:16].astype(np.float32)
+    calibration = Calibration(images, images, lambda outputs: 0.0, 1.0, "points")
+    monkeypatch.setattr(export, "calibrate", lambda task, params, predict: calibration)
+    folder, empty = tmp_path / "emotion-small-1", tmp_path / "emotion-small-2"
+    folder.mkdir()
+    always(EMOTIONS.index("sad"), params.tasks.emotion.size).save(folder / "model.keras")
+    job = params.train.jobs["emotion-plain"].resolved("synthetic", "none")
+    write_job(job, folder / "job.json")
+    assert deploy.of_task([folder], "emotion") == [folder]
+    assert deploy.of_task([folder], "landmarks") == []
+    with pytest.raises(GrimaceError, match="emotion-small-2 holds no finished training"):
+        deploy.of_task([folder, empty], "emotion")
+    with deploy.contestants("emotion", wheels, params, folder) as found:
+        first, *_ = deploy.measure("emotion", found, None, params, rounds=1)["rows"]
+    assert first["name"] == "Grimace emotion-small-1, int8"
+    sad = (faces.emotions == EMOTIONS.index("sad")).mean()
+    assert first["accuracy"]["mean"] == pytest.approx(sad)
+
+
 def test_a_wheel_that_is_not_there_is_named(tmp_path: Path) -> None:
     with (
         pytest.raises(GrimaceError, match="no wheel of mediapipe"),
-        deploy.contestants("landmarks", tmp_path),
+        deploy.contestants("landmarks", tmp_path, load_params()),
     ):
         pass
 
