@@ -2,6 +2,7 @@
 
     python -m pipelines.web                            # all of deploy/
     python -m pipelines.web --precisions int8 uint8    # the small ones alone
+    python -m pipelines.web --precisions int8 uint8 tflite/float16
 
 TFLite files are for LiteRT, in the browser and in `python -m pipelines.demo`; TF.js folders are
 for TF.js. `index.json` lists them for the page.
@@ -31,7 +32,12 @@ def main() -> None:
     )
     parser.add_argument("--deploy", type=Path, default=Path("deploy"), help="folder of bundles")
     parser.add_argument("--out", type=Path, default=MODELS, help="folder to write, replaced")
-    parser.add_argument("--precisions", nargs="+", metavar="NAME", help="copy these alone")
+    parser.add_argument(
+        "--precisions",
+        nargs="+",
+        metavar="NAME",
+        help="copy these alone, of both bundles or of tflite/ or tfjs/",
+    )
     arguments = parser.parse_args()
     entries = publish(arguments.deploy, arguments.out, arguments.precisions)
     for entry in entries:
@@ -44,7 +50,8 @@ def publish(deploy: Path, out: Path, precisions: list[str] | None = None) -> lis
     Args:
         deploy: a folder as `export` writes it: TASK/{tflite,tfjs} with a manifest each.
         out: the folder to write, whole or not at all; what it holds is replaced.
-        precisions: names to copy ("int8"), by default all.
+        precisions: names to copy, of every bundle ("int8") or of one ("tflite/float16"); by
+            default all.
 
     Returns:
         What `index.json` lists under "models": for each precision of each bundle its task,
@@ -88,7 +95,7 @@ def _copy(manifest_path: Path, out: Path, precisions: list[str] | None) -> list[
             continue
         # float32.tflite, or float32/model.json with its shards
         precision = Path(main).parts[0].removesuffix(".tflite")
-        if precisions and precision not in precisions:
+        if precisions and not {precision, f"{bundle.name}/{precision}"} & {*precisions}:
             continue
         files = [path for path in checksums if Path(path).parts[0] in (main, precision)]
         size = sum((bundle / path).stat().st_size for path in files)
