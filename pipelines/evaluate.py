@@ -182,16 +182,16 @@ def charted(scores: dict[str, Any]) -> dict[str, float]:
     """Return what MLflow's compare page and charts show of a model.
 
     Returns:
-        `val.METRIC`; the bounds of the deciding one's interval and of the calibration error's,
-        `val.METRIC.low` and `.high`; `val.averaged.METRIC` where answers were averaged too; and
+        `val/METRIC`; the bounds of the deciding one's interval and of the calibration error's,
+        `val/METRIC.low` and `.high`; `val/averaged.METRIC` where answers were averaged too; and
         parameters, multiply_adds and size_mib.
     """
-    figures = tracking.flat(_compact(scores), "val.")
+    figures = tracking.flat(_compact(scores), "val/")
     for name in (DECIDES[scores["task"]], "ece"):
         if name in scores["ci95"]:
             low, high = scores["ci95"][name]
-            figures |= {f"val.{name}.low": low, f"val.{name}.high": high}
-    figures |= tracking.flat(_compact(scores.get("averaged", {})), "val.averaged.")
+            figures |= {f"val/{name}.low": low, f"val/{name}.high": high}
+    figures |= tracking.flat(_compact(scores.get("averaged", {})), "val/averaged.")
     cost = dict(scores["cost"])
     return figures | {"size_mib": cost.pop("bytes") / 2**20} | tracking.flat(cost)
 

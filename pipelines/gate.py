@@ -106,14 +106,14 @@ def hand_back(store: registry.Registry, version: int) -> None:
 def tell_run(store: registry.Registry, version: int, blessing: Mapping[str, Any]) -> None:
     """Add what decided to the run that trained the candidate, for MLflow's compare page.
 
-    Each gate's value is `gate.NAME`; of the one against the champion, the interval's lower end,
-    which is what is judged there, is `gate.against_the_champion.low`.
+    Each gate's value is `gate/NAME`; of the one against the champion, the interval's lower end,
+    which is what is judged there, is `gate/against_the_champion.low`.
     """
     from mlflow.entities import Metric, RunTag
 
     figures = {}
     for row in blessing["gates"]:
-        name = "gate." + re.sub(r": |/", ".", row["name"]).replace(" ", "_")
+        name = "gate/" + re.sub(r": |/", ".", row["name"]).replace(" ", "_")
         figures[name] = row["value"]
         if row["name"] == "against the champion" and row["interval"]:
             figures[f"{name}.low"] = row["interval"][0]

@@ -176,11 +176,11 @@ def tell_run(
 
     with tracking.run_of_model(params.tracking, task, candidate):
         compact = {key: value for key, value in test.items() if isinstance(value, int | float)}
-        mlflow.log_metrics(tracking.flat(compact, "test."))
+        mlflow.log_metrics(tracking.flat(compact, "test/"))
         for name, row in measured.numerics.items():
             label = name.replace("/", ".").replace(":", ".")
-            mlflow.log_metric(f"deployed.{label}.{DECIDES[task]}", row[DECIDES[task]])
-            mlflow.log_metric(f"deployed.{label}.p50_ms", measured.perf[name]["p50_ms"])
+            mlflow.log_metric(f"deployed/{label}.{DECIDES[task]}", row[DECIDES[task]])
+            mlflow.log_metric(f"deployed/{label}.p50_ms", measured.perf[name]["p50_ms"])
         mlflow.set_tags({"grimace.candidate": "true", "grimace.within_budget": kept})
         mlflow.log_artifacts(str(out), "verification")
 

@@ -122,10 +122,10 @@ def test_training_and_verification_meet_in_one_mlflow_run(workspace, first_run):
     experiment = client.get_experiment_by_name("grimace-emotion")
     runs = client.search_runs([experiment.experiment_id])
     assert {run.data.tags["grimace.model"] for run in runs} == {"plain", "compact"}
-    assert all("val.accuracy" in run.data.metrics for run in runs)
+    assert all("val/accuracy" in run.data.metrics for run in runs)
     (candidate,) = [run for run in runs if run.data.tags.get("grimace.candidate") == "true"]
-    assert "test.accuracy" in candidate.data.metrics
-    assert "deployed.tflite.int8.accuracy" in candidate.data.metrics
+    assert "test/accuracy" in candidate.data.metrics
+    assert "deployed/tflite.int8.accuracy" in candidate.data.metrics
     lock = yaml.safe_load((workspace / "dvc.lock").read_text())
     (output,) = [
         out

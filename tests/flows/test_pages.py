@@ -71,21 +71,29 @@ def open_page(told, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callab
 def test_the_compare_page_shows_what_decides(service, told, open_page) -> None:
     runs, experiments = quote(json.dumps(told["runs"])), quote(json.dumps([told["experiment"]]))
     address = f"{service.mlflow}/#/compare-runs?runs={runs}&experiments={experiments}"
-    page = open_page(address, "compare", "gate.floor.accuracy")
+    page = open_page(address, "compare", "gate/floor.accuracy")
     # The table of metrics is a column of names and then the values, row by row.
     lines = page.inner_text("body").partition("\nMetrics\n")[2].splitlines()
-    names = [line for line in lines if re.fullmatch(r"gate\.[\w.]+", line)]
+    names = [line for line in lines if re.fullmatch(r"gate/[\w.]+", line)]
     values = lines[lines.index(names[-1]) + 1 :][: 2 * len(names)]
     shown = dict(zip(names, zip(values[::2], values[1::2], strict=True), strict=True))
-    assert shown["gate.floor.accuracy"] == ("0.6", "0.8")
-    assert shown["gate.against_the_champion"] == ("NaN", "0.2")  # the first had none
-    assert shown["gate.against_the_champion.low"] == ("NaN", "0.15")
-    assert {"gate.worst_slice", "gate.budget.tflite.int8", "gate.size.tflite.int8"} <= set(shown)
+    assert shown["gate/floor.accuracy"] == ("0.6", "0.8")
+    assert shown["gate/against_the_champion"] == ("NaN", "0.2")  # the first had none
+    assert shown["gate/against_the_champion.low"] == ("NaN", "0.15")
+    assert {"gate/worst_slice", "gate/budget.tflite.int8", "gate/size.tflite.int8"} <= set(shown)
     tags = rows(page)
     assert tags["grimace.version"] == ["1", "2"]
     first, second = tags["grimace.gates"]
     assert first.startswith("blessed on 10 gates (absolute bounds alone")
     assert second.startswith("blessed on 12 gates (absolute bounds, and the champion, version 1")
+
+
+def test_charts_are_grouped_by_what_they_measure(service, told, open_page) -> None:
+    address = f"{service.mlflow}/#/experiments/{told['experiment']}/runs"
+    address += "?workflowType=machine_learning&compareRunsMode=CHART"
+    page = open_page(address, "charts", "Add chart")
+    charts = re.findall(r"^gate\s*\((\d+)\)$", page.inner_text("body"), re.MULTILINE)
+    assert charts == ["13"]  # as many as gates, and the lower end against the champion
 
 
 def rows(page: Any) -> dict[str, list[str]]:

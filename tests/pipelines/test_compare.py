@@ -230,7 +230,7 @@ def test_latency_is_measured_and_kept_with_the_run(here):
             run.data.metrics["latency_ms"] for run in runs if "latency_ms" in run.data.metrics
         ]
     assert sorted(logged) == sorted(row["latency"]["p50_ms"] for row in result["models"])
-    assert all("val.nme_interocular" in run.data.metrics for run in runs)
+    assert all("val/nme_interocular" in run.data.metrics for run in runs)
 
 
 def test_what_cannot_be_converted_is_said_and_the_others_are_timed(here, monkeypatch):

@@ -761,10 +761,10 @@ def test_a_job_is_measured_on_validation_only(evaluated):
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
         (run,) = [run for run in runs if run.data.tags["grimace.model_sha256"] == digest]
         logged = run.data.metrics
-        assert logged["val.accuracy"] == pytest.approx(scores["accuracy"])
-        assert logged["val.ece"] == pytest.approx(scores["ece"])
+        assert logged["val/accuracy"] == pytest.approx(scores["accuracy"])
+        assert logged["val/ece"] == pytest.approx(scores["ece"])
         for name in ("accuracy", "ece"):
-            bounds = [logged[f"val.{name}.low"], logged[f"val.{name}.high"]]
+            bounds = [logged[f"val/{name}.low"], logged[f"val/{name}.high"]]
             assert bounds == pytest.approx(scores["ci95"][name])
         assert logged["parameters"] == keras.saving.load_model(path).count_params()
         assert logged["size_mib"] == pytest.approx(path.stat().st_size / 2**20)
@@ -911,7 +911,7 @@ def test_a_job_keeps_the_single_crop_first_and_says_what_averaging_gives(score, 
         assert scores["averaged"]["ece"] != scores["ece"]
         assert json.loads(report.with_suffix(".json").read_text())["ece"] == scores["ece"]
         logged = evaluate.charted(scores)
-        assert logged["val.averaged.ece"] == scores["averaged"]["ece"]
+        assert logged["val/averaged.ece"] == scores["averaged"]["ece"]
 
 
 def test_what_is_no_evaluation_is_not_replaced(score, reader, tmp_path):

@@ -280,9 +280,9 @@ def test_the_run_is_found_by_the_models_bytes(store: Tracking, tmp_path: Path) -
     train(store, tmp_path / "two", **{tracking.MODEL_TAG: "another"})
     with tracking.run_of_model(store, "emotion", model) as run:
         assert run.info.run_id == trained
-        mlflow.log_metric("val.accuracy", 0.5)
+        mlflow.log_metric("val/accuracy", 0.5)
     found = mlflow.MlflowClient().get_run(trained)
-    assert found.data.metrics == {"val.accuracy": 0.5} and found.info.status == "FINISHED"
+    assert found.data.metrics == {"val/accuracy": 0.5} and found.info.status == "FINISHED"
     assert found.info.run_name == "plain on faces" and "grimace.origin" not in found.data.tags
 
 

@@ -131,7 +131,7 @@ def test_the_run_of_the_training_is_told(verified):
     assert run.data.tags["grimace.model_sha256"] == budgets["model_sha256"]
     assert run.data.tags["grimace.within_budget"] == "True"
     numerics = read(verified.root, "emotion/numerics.json")
-    told = run.data.metrics["deployed.tflite.int8.accuracy"]
+    told = run.data.metrics["deployed/tflite.int8.accuracy"]
     assert told == pytest.approx(numerics["tflite/int8"]["accuracy"])
 
 
