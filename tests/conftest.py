@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).parents[1]
 # Files that take minutes go first, so that no process is left with one when the other has finished.
-LONGEST = ("test_graph.py", "test_fit.py", "test_sweep.py", "test_promote.py", "test_replicas.py")
+LONGEST = ("test_graph.py", "test_cluster.py", "test_fit.py", "test_sweep.py", "test_promote.py")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
