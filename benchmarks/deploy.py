@@ -117,7 +117,8 @@ def _told(args: argparse.Namespace) -> Iterator[str]:
         if archive := getattr(args, name):
             yield f"--{name} {archive.name}"
     if args.models:
-        yield f"--models {' '.join(map(str, args.models))}"
+        named = (path.name if path.is_absolute() else path.as_posix() for path in args.models)
+        yield f"--models {' '.join(named)}"
     yield f"--rounds {args.rounds}"
     if args.page:
         yield "--page"
