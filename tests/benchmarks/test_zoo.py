@@ -77,7 +77,7 @@ def test_what_fails_is_in_the_table_with_the_reason(tmp_path, monkeypatch, capsy
     failed = {name for name, row in rows.items() if not row["passed"]}
     assert failed == {"tfjs", "tensorrt/int8.sm89", "tflite/int8"}
     text = (out / "README.md").read_text()
-    assert "3 of 6 variants answer as Keras does" in text
+    assert "3 of 5 graphs answer as Keras does; 0 of 1 TensorRT engines" in text
     assert "FAILED not exported: no such operation" in text
     assert "FAILED not exported" in capsys.readouterr().out
     assert np.isfinite(rows["tensorrt/float32"]["difference"])

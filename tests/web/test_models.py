@@ -1,6 +1,7 @@
 """A small grey network, exported and published as the real ones are: on a GPU and in the page.
 
-The models that come with the page are grey; their largest float variants do not.
+The models that come with the page are grey, and of their float variants only LiteRT's float16 is
+there.
 What other runtimes answer: `tests/pipelines/runtimes/test_photo.py`, with a network for colours.
 """
 
