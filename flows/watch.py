@@ -184,7 +184,7 @@ def look(params: Params) -> landing.Look:
         with alone("a look at what has landed"):
             seen = landing.look(params)
     except BusyError as error:
-        seen = landing.Look(waiting=(f"what has landed waits: {error.holder}",))
+        seen = landing.Look(waiting=(f"what may have landed waits: {error.holder}",))
     get_run_logger().info("%s", seen)
     return seen
 

@@ -280,6 +280,6 @@ def test_it_follows_until_it_is_stopped(prefect_server: str) -> None:
 def test_what_has_landed_waits_for_a_flow_that_is_at_work() -> None:
     drop("happy/one.png", picture(1))
     with alone("a retraining"):
-        assert "what has landed waits" in look("none")
+        assert "what may have landed waits" in look("none")
         assert (LABELLED / "happy/one.png").exists()
     assert "version 1 of folder: 1 new pictures" in look("none")
