@@ -18,6 +18,7 @@ import argparse
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -55,6 +56,7 @@ LOCKED = re.compile("database is locked", re.IGNORECASE)
 def main() -> None:
     """Measure what was asked for, print the page, and publish it when asked."""
     args = _arguments()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # stops the service
     work = args.work.absolute()
     rmtree(work, ignore_errors=True)
     ways = WAYS if "full" in args.parts else ("dvc", "flow")
