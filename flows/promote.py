@@ -53,7 +53,7 @@ def main() -> None:
         for task in [args.task] if args.task else TASKS:
             print(show(task))
         return
-    if not args.task or not args.why:
+    if not args.task or not args.why.strip():
         parser.error("--task and --why are needed: the audit trail keeps who, when and why")
     who = registry.whoami()
     served = bool(PREFECT_API_URL.value())
@@ -85,7 +85,11 @@ def tell_unless_refused(flow: Flow[Any, Any], flow_run: FlowRun, state: State[An
     on_crashed=[tell_failure],
 )
 def promote(
-    task: TaskName, version: int | None = None, why: str = "", who: str = "Prefect"
+    task: TaskName,
+    version: int | None = None,
+    why: str = "",
+    who: str = "Prefect",
+    sha256: str | None = None,
 ) -> State[Any]:
     """Make a blessed version of `grimace-TASK` the champion.
 
@@ -97,14 +101,19 @@ def promote(
         version: its number; by default the one with the alias `candidate`.
         why: for the audit trail.
         who: asks for it.
+        sha256: of a blessing, in place of a version: what a flow has just had judged. Nobody looks
+            on then, and a network that was rolled back stays away.
     """
     try:
+        _ask_why(why)
         store = registry.Registry(load_params().tracking, task)
-        if version is None:
+        if sha256 is not None:
+            version = store.with_bytes(sha256)
+        elif version is None:
             version = store.aliases().get("candidate")
         if version is None:
             raise GrimaceError(f"{store.name} has no candidate; register one first")
-        event = store.promote(version, who, why)
+        event = store.promote(version, who, why, unattended=sha256 is not None)
     except (registry.RefusedError, registry.StaleBlessingError) as error:
         tell("rejected", task, str(error))
         stale = isinstance(error, registry.StaleBlessingError)
@@ -134,11 +143,17 @@ def rollback(
         who: asks for it.
     """
     try:
+        _ask_why(why)
         store = registry.Registry(load_params().tracking, task)
         event = store.rollback(to, who, why)
     except GrimaceError as error:
         return Failed(message=str(error))
     return _moved(store, event)
+
+
+def _ask_why(why: str) -> None:
+    if not why.strip():
+        raise GrimaceError("say why: the audit trail keeps who moved the champion, when and why")
 
 
 def _moved(store: registry.Registry, event: registry.Event) -> State[Any]:
@@ -148,13 +163,13 @@ def _moved(store: registry.Registry, event: registry.Event) -> State[Any]:
         f"\noverridden: {row['gate']}, by {row['who']}: {row['reason']}" for row in event.overrides
     )
     text = f"{store.name}: champion is version {event.after}, before: {before}"
+    tell(done, store.task, f"{text}. {event.who}: {event.why}{signed}")
     if PREFECT_API_URL.value():
         create_markdown_artifact(
             f"{text}{signed}\n\n{history(store)}",
             key=f"grimace-champion-{store.task}",
             description="Every move of the champion.",
         )
-    tell(done, store.task, f"{text}. {event.who}: {event.why}{signed}")
     return Completed(message=text)
 
 
@@ -172,9 +187,18 @@ def show(task: TaskName) -> str:
     store.check_bytes(number, blessing)
     aliases = ", ".join(f"{alias} {on}" for alias, on in sorted(store.aliases().items()))
     signed = [row for row in blessing["gates"] if row["overridden"]]
+    failed = [r["name"] for r in blessing["gates"] if not (r["passed"] or r["overridden"])]
+    state = f"NOT BLESSED, fails {', '.join(failed)}" if failed else "blessed"
+    trail = store.trail()
+    by_hand = not trail or number not in (trail[-1].after, trail[-1].before)
     lines = [
         f"{store.name}: champion version {number} ({aliases})",
-        f"blessed    {len(blessing['gates'])} gates, {blessing['basis']}",
+        *(
+            ["moved      by hand: the audit trail knows nothing of this champion"]
+            if by_hand
+            else []
+        ),
+        f"{state:<10} {len(blessing['gates'])} gates, {blessing['basis']}",
         *(
             f"signed for {row['name']}, by {row['overridden']['who']}: "
             f"{row['overridden']['reason']}"
@@ -190,7 +214,8 @@ def show(task: TaskName) -> str:
 def history(store: registry.Registry) -> str:
     """Return every move of the champion that came to its end, as Markdown."""
     rows = [
-        f"| {e.when} | {e.action} | {e.before or ''} | {e.after} | {e.who} | {e.why} |"
+        f"| {e.when} | {e.action} | {e.before or ''} | {e.after} | {e.who} | "
+        f"{' '.join(e.why.split()).replace('|', chr(92) + '|')} |"
         for e in store.moves()
     ]
     return "\n".join(

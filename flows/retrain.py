@@ -29,9 +29,9 @@ from PIL import Image
 
 from flows.lock import BusyError, GivenUpError, alone, refuse_if_held
 from flows.supervise import Lifeline, Outcome, supervise
+from pipelines import registry
 from pipelines.cli import GrimaceError, run
 from pipelines.params import TaskName, load_params
-from pipelines.registry import is_settled, settle
 
 # A busy machine takes its time to start a server; Prefect reads this when imported.
 SERVER_START_SECONDS = 120
@@ -57,7 +57,6 @@ from flows.promote import TASKS, promote  # noqa: E402
 RESULTS = Path("reports/report/results.md")
 # Not stages of DVC: they depend on the champion, which is no file of the repository.
 AFTER_VERIFY = ("register", "gate")
-CHAMPION = "against the champion"  # the gate's row
 RETRIES = 2
 DOWNLOAD_RETRY_SECONDS = 20.0
 BUSY_RETRY_SECONDS = 3.0
@@ -370,7 +369,7 @@ def run_stage(stage: str, lifeline: Lifeline, fresh: bool = False) -> State[Stag
     if fresh:
         return Completed(name="Unchanged", data=StageRun(stage, "unchanged", 0.0))
     if kind in AFTER_VERIFY:
-        if is_settled(task_named(name), load_params()):
+        if registry.is_settled(task_named(name), load_params()):
             seconds = time.monotonic() - started
             return Completed(name="Unchanged", data=StageRun(stage, "unchanged", seconds))
         command = ["-m", f"pipelines.{kind}", "--task", name]
@@ -490,7 +489,9 @@ def decide(runs: list[StageRun]) -> list[Decision]:
     What was promoted or refused is settled. Where the champion could not be asked or has changed
     since, or the store was away, nothing was decided, and the next run judges again.
     """
-    decisions = []
+    from pipelines.gate import is_final
+
+    decisions, params = [], load_params()
     for stage in (ended.stage for ended in runs if ended.state == "ran"):
         kind, _, name = stage.partition("@")
         if kind != "gate":
@@ -503,7 +504,13 @@ def decide(runs: list[StageRun]) -> list[Decision]:
             description=f"What the candidate for {judged} had to meet.",
         )
         if blessing["blessed"]:
-            state = promote(judged, why="retrained and blessed", who="retrain", return_state=True)
+            state = promote(
+                judged,
+                why="retrained and blessed",
+                who="retrain",
+                sha256=blessing["sha256"],
+                return_state=True,
+            )
             promoted, refused = state.is_completed(), state.name == "Refused"
             lost = not (promoted or refused or state.name == "Stale")
             decisions.append(Decision(f"{judged}: {state.message or state.name}", lost))
@@ -514,9 +521,11 @@ def decide(runs: list[StageRun]) -> list[Decision]:
             names = ", ".join(row["name"] for row in failed)
             decisions.append(Decision(f"{judged}: rejected, {names}"))
             promoted = False
-            refused = all(row["value"] is not None for row in failed if row["name"] == CHAMPION)
+            refused = all(is_final(row) for row in failed)
         if promoted or refused:
-            settle(judged, load_params(), promoted)
+            champion = blessing["champion"]
+            against = None if promoted else champion["version"] if champion else 0
+            registry.settle(judged, params, against)
     return decisions
 
 

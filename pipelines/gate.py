@@ -26,6 +26,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import yaml
 
 from pipelines import lineage, registry
 from pipelines.cli import GrimaceError, run, whole_folder
@@ -51,6 +52,7 @@ from pipelines.slices import FEWEST, bins_of, figures_by_slice
 SURE = 0.05  # level of the tests, after correction for their number
 # Whose outputs are read here, or were to make those; `train` may go on changing its own.
 RECORDED = ("filter", "split", "augment", "evaluate", "select", "export", "verify")
+NOT_COMPUTED = "not computed"
 HIGH_IS_GOOD = ("accuracy", "macro_f1", "balanced_accuracy", "auc10")
 
 Row = dict[str, Any]
@@ -79,7 +81,7 @@ def main() -> None:
     settings = params.tasks.named(task)
     faces = with_traits(faces_of_side(task, settings, "test"), settings)
     candidate = read_candidate(task, files, faces)
-    champion = read_champion(store, version, faces, settings)
+    champion = read_champion(store, faces, settings)
     rows = gates(task, candidate, champion, faces, params)
     blessing = bless(task, candidate, champion, faces, rows, params.gate.overrides)
     with whole_folder(folder_of(task)) as out:
@@ -141,7 +143,8 @@ class Candidate:
         validation: the scores of `evaluate`; empty where they are of another model.
         known: ids and groups of the faces that it was trained or chosen on.
         recorded: by path, checksums of what the stages have left: as dvc.lock has it, and of what
-            is there now; empty where dvc.lock knows nothing of it.
+            is there now; and of what each has read: as it was then, and as it was made last. Empty
+            where dvc.lock knows nothing of it.
     """
 
     files: Mapping[str, str]
@@ -206,12 +209,28 @@ def _known(task: TaskName) -> frozenset[str]:
 def _recorded(task: TaskName) -> dict[str, tuple[str, str]]:
     lock, last = lineage.read_lock(), f"verify@{task}"
     stages = lineage.ancestry(lock, last) if last in lock["stages"] else []
-    return {
+    made = {out["path"]: out["md5"] for stage in stages for out in _outs(lock, stage)}
+    outputs = {
         out["path"]: (out["md5"], md5_of(Path(out["path"])))
         for stage in stages
         if stage.partition("@")[0] in RECORDED
-        for out in lock["stages"][stage].get("outs", [])
+        for out in _outs(lock, stage)
     }
+    # A stage may have been run by itself on what others had left before they ran again.
+    inputs = {
+        f"{dep['path']} as {stage} read it": (
+            dep["md5"],
+            made.get(dep["path"]) or md5_of(Path(dep["path"])),
+        )
+        for stage in stages
+        for dep in lock["stages"][stage].get("deps", [])
+        if any(Path(dep["path"]).is_relative_to(path) for path in made)
+    }
+    return outputs | inputs
+
+
+def _outs(lock: Mapping[str, Any], stage: str) -> list[dict[str, str]]:
+    return lock["stages"][stage].get("outs", [])
 
 
 def md5_of(path: Path) -> str:
@@ -229,15 +248,13 @@ def md5_of(path: Path) -> str:
     return hashlib.md5(json.dumps(listed, sort_keys=True).encode()).hexdigest() + ".dir"
 
 
-def read_champion(
-    store: registry.Registry, candidate: int, faces: Faces, task: Task
-) -> Champion | None:
+def read_champion(store: registry.Registry, faces: Faces, task: Task) -> Champion | None:
     """Return the champion with its answers to these faces; None where there never was one.
 
     A champion that is lost is no reason to do without: it comes back as one without answers.
     """
     try:
-        version = store.champion(retrying=candidate)
+        version = store.champion()
         if version is None:
             return None
         folder = store.fetch(version)
@@ -251,27 +268,39 @@ def read_champion(
         if "answers" in blessing:
             outputs = read_answers(answers, faces, digest, digest_of(faces))
         if outputs is None:
-            outputs = ask_anew(model, faces, task, store.task)
+            margin = yaml.safe_load((folder / lineage.FOLDER / "params.yaml").read_text())["tasks"]
+            own = task.model_copy(update={"margin": margin[store.task]["margin"]})
+            outputs = ask_anew(model, faces, task, own, store.task)
         elif digest_of_answers(outputs) != blessing["answers"]:
             raise GrimaceError(
                 f"{answers} was changed since it was blessed; put it back, or remove it to have "
                 "the model asked anew"
             )
+        if not np.isfinite(outputs).all():
+            raise GrimaceError("not all of its answers are numbers")
     except Exception as error:
         wrong = f"the champion does not answer: {' '.join(str(error).split())}"
         return Champion(version, blessing["sha256"], None, wrong)
     return Champion(version, blessing["sha256"], outputs)
 
 
-def ask_anew(file: Path, faces: Faces, task: Task, name: TaskName) -> np.ndarray:
-    """Ask a registered model about the test faces, in crops of the shape that it takes."""
+def ask_anew(file: Path, faces: Faces, task: Task, own: Task, name: TaskName) -> np.ndarray:
+    """Ask a registered model about the test faces, in crops such as it was trained on.
+
+    Args:
+        file: the model.
+        faces: the test side as the task has it now.
+        task: what they were cropped by.
+        own: what the model's faces were cropped by, but for the shape, which it tells itself.
+        name: of the task.
+    """
     from pipelines.runtimes import load
 
     with load(file) as model:
         size, _, channels = model.input_shape
         images = faces.images
-        if model.input_shape != images.shape[1:]:
-            own = task.model_copy(update={"size": size, "channels": channels})
+        own = own.model_copy(update={"size": size, "channels": channels})
+        if own != task:
             images = faces_of_side(name, own, "test").images
         return model.predict(images)
 
@@ -389,7 +418,7 @@ def _attempt(name: str, bound: float, gate: Callable[[], Row]) -> Row:
     try:
         row |= gate()
     except Exception as error:  # nothing passes by a mistake of ours either
-        row["why"] = f"not computed: {' '.join(str(error).split()) or type(error).__name__}"
+        row["why"] = f"{NOT_COMPUTED}: {' '.join(str(error).split()) or type(error).__name__}"
     row["passed"] = bool(row["passed"])
     return row
 
@@ -424,7 +453,8 @@ def _as_recorded(candidate: Candidate, task: TaskName) -> Row:
     if not candidate.recorded:
         raise GrimaceError(f"dvc.lock has no record of it; run `dvc repro verify@{task}`")
     other = sorted(path for path, (noted, now) in candidate.recorded.items() if noted != now)
-    why = f"all {len(candidate.recorded)} outputs of the stages before are as dvc.lock has them"
+    count = len(candidate.recorded)
+    why = f"all {count} inputs and outputs of the stages before are as dvc.lock has them"
     if other:
         why = f"not as dvc.lock has them: {', '.join(other)}; run `dvc repro verify@{task}`"
     return {"value": len(other), "passed": not other, "why": why}
@@ -496,13 +526,16 @@ def _sign(metric: str) -> int:
     return 1 if metric in HIGH_IS_GOOD else -1
 
 
-def _judged_slices(faces: Faces) -> dict[tuple[str, str], np.ndarray]:
-    """Masks (n,) of the slices that hold enough pieces of evidence to say anything of."""
+def _judged_slices(faces: Faces, known: np.ndarray) -> dict[tuple[str, str], np.ndarray]:
+    """Masks (n,) of the slices that hold enough pieces of evidence to say anything of.
+
+    Only faces that are `known`, (n,) bool, are evidence: those on which the metric is defined.
+    """
     assert faces.traits is not None
     found = {}
     for column, names in bins_of(faces.traits).items():
         for name in sorted(set(names.tolist()) - {""}):
-            inside = names == name
+            inside = (names == name) & known
             if len(np.unique(faces.groups[inside])) >= FEWEST:
                 found[column, name] = inside
     if not found:
@@ -514,8 +547,8 @@ def _worst_slice(
     faces: Faces, outputs: np.ndarray, metric: str, bounds: GateTask, settings: Evaluate
 ) -> Row:
     sign, values = _sign(metric), per_face(faces, outputs)
-    slices = _judged_slices(faces)
-    means = {key: float(np.nanmean(values[inside])) for key, inside in slices.items()}
+    slices = _judged_slices(faces, np.isfinite(values))
+    means = {key: float(values[inside].mean()) for key, inside in slices.items()}
     worst = min(means, key=lambda key: (sign * means[key], key))
     value = means[worst]
     return {
@@ -564,12 +597,9 @@ def _no_slice_worse(faces: Faces, mine: np.ndarray, theirs: np.ndarray, settings
     """No slice lost: permutation tests with Holm's correction for the number of slices."""
     sign = 1 if faces.emotions is not None else -1
     one, two = per_face(faces, mine), per_face(faces, theirs)
-    known = np.isfinite(one) & np.isfinite(two)
-    slices = {key: inside & known for key, inside in _judged_slices(faces).items()}
+    slices = _judged_slices(faces, np.isfinite(one) & np.isfinite(two))
     gains = {
-        key: sign * float((one[inside] - two[inside]).mean())
-        for key, inside in slices.items()
-        if inside.any()
+        key: sign * float((one[inside] - two[inside]).mean()) for key, inside in slices.items()
     }
     chances = [
         sign_flip(one[slices[key]], two[slices[key]], faces.groups[slices[key]], settings.seed)
@@ -607,24 +637,24 @@ def deployable_gates(
     if not tried:
         reason = "`verify` has tried no deployable; run `dvc repro verify`"
         return [_row("deployables", None, 1, False, reason)]
-    rows = []
+    rows: list[Row] = []
     for gate in tried:
         name = gate["name"]
-        if name not in numerics or name not in perf:
+        graph = name.partition(":")[0]
+        if gate["value"] is None or name not in numerics or name not in perf:
             rows.append(_row(f"budget: {name}", None, gate["bound"], False, gate["why"]))
             continue
         scores, test = numerics[name], verification.get("test", {})
-        limit = bounds.mib.get(name, bounds.mib["default"])
+        limit = bounds.mib.get(graph, bounds.mib["default"])
         rows += [
             _attempt(
                 f"budget: {name}", gate["bound"], partial(_budget, gate, scores, test, task, drawn)
             ),
             _attempt(f"golden: {name}", 0.0, partial(_golden, name, scores, bounds)),
         ]
-        if ":" not in name:
-            rows.append(
-                _attempt(f"size: {name}", limit, partial(_size, perf[name]["bytes"], limit))
-            )
+        if all(row["name"] != f"size: {graph}" for row in rows):
+            size = partial(_size, perf[name]["bytes"], limit)
+            rows.append(_attempt(f"size: {graph}", limit, size))
     for name, size in engines.items():
         limit = bounds.mib.get(f"tensorrt/{name}", bounds.mib["default"])
         rows.append(_attempt(f"size: tensorrt/{name}", limit, partial(_size, size, limit)))
@@ -736,6 +766,14 @@ def bless(
         },
         "gates": rows,
     }
+
+
+def is_final(row: Mapping[str, Any]) -> bool:
+    """Whether a row would come out the same if the same candidate were judged again tomorrow.
+
+    A gate that was not computed may be, and what dvc.lock does not bear out may be run again.
+    """
+    return row["name"] != "records" and not row["why"].startswith(NOT_COMPUTED)
 
 
 def verdict(blessing: Mapping[str, Any]) -> str:

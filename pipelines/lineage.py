@@ -22,6 +22,15 @@ from pipelines.cli import GrimaceError
 FOLDER = Path("lineage")  # within a version's files
 PATCH = "uncommitted.patch"
 CODE = ("flows", "pipelines", "models")
+# As `git apply` wants it, whatever the user likes to look at.
+PLAIN = (
+    "--binary",
+    "--no-color",
+    "--no-ext-diff",
+    "--no-textconv",
+    "--src-prefix=a/",
+    "--dst-prefix=b/",
+)
 
 
 def keep(folder: Path) -> None:
@@ -38,17 +47,18 @@ def keep(folder: Path) -> None:
                     f"{name} is missing in {Path.cwd()}; run `dvc repro` there first"
                 )
             copyfile(name, folder / name)
+        (folder / "dvc.lock").write_text(yaml.safe_dump(_lock(), sort_keys=False))
     for report in sorted(Path("reports/download").glob("*.json")):
         copyfile(report, folder / f"download-{report.name}")
     code = {"commit": _git("rev-parse", "HEAD").strip()}
     (folder / "code.json").write_text(json.dumps(code) + "\n")
-    patch = _git("diff", "HEAD", "--binary")
+    patch = _git("diff", *PLAIN, "HEAD")
     # A module that is imported counts, whether or not Git was told of it.
     for path in _git("ls-files", "-z", "--others", "--exclude-standard", "--", *CODE).split("\0"):
         if path:
-            patch += _git("diff", "--binary", "--no-index", "--", "/dev/null", path, fine=1)
+            patch += _git("diff", *PLAIN, "--no-index", "--", "/dev/null", path, fine=1)
     if patch:
-        (folder / PATCH).write_text(patch)
+        (folder / PATCH).write_bytes(patch.encode(errors="surrogateescape"))
 
 
 @contextmanager
@@ -66,21 +76,32 @@ def _dvc_at_rest() -> Iterator[None]:
 
 
 def read_lock() -> dict[str, Any]:
-    """Return the stages of dvc.lock, none where there is no such file."""
+    """Return the stages of dvc.lock that there still are, none where there is no such file."""
     with _dvc_at_rest():
-        path = Path("dvc.lock")
-        return dict(yaml.safe_load(path.read_text())) if path.is_file() else {"stages": {}}
+        return _lock() if Path("dvc.lock").is_file() else {"stages": {}}
+
+
+def _lock() -> dict[str, Any]:
+    """Without the stages of jobs and datasets that params.yaml has no more, which DVC keeps."""
+    lock = dict(yaml.safe_load(Path("dvc.lock").read_text()))
+    if Path(".dvc").is_dir():
+        from dvc.repo import Repo
+
+        with Repo() as repo:
+            there = {stage.addressing for stage in repo.index.stages}
+        lock["stages"] = {name: row for name, row in lock["stages"].items() if name in there}
+    return lock
 
 
 def _git(*arguments: str, fine: int = 0) -> str:
     """Return what Git says; it may end with the code `fine`."""
-    answer = subprocess.run(["git", *arguments], capture_output=True, text=True, check=False)
+    answer = subprocess.run(["git", *arguments], capture_output=True, check=False)
     if answer.returncode not in (0, fine):
         raise GrimaceError(
-            f"git {arguments[0]}: {answer.stderr.strip()}. Without a commit a model cannot be made "
-            "again: register from a Git repository"
+            f"git {arguments[0]}: {answer.stderr.decode(errors='replace').strip()}. Without a "
+            "commit a model cannot be made again: register from a Git repository"
         )
-    return answer.stdout
+    return answer.stdout.decode(errors="surrogateescape")  # a file need not be UTF-8
 
 
 def ancestry(lock: Mapping[str, Any], stage: str) -> list[str]:

@@ -59,7 +59,7 @@ def register(task: TaskName, params: Params) -> int:
             "grimace.task": task,
             "grimace.model": facts.network,
             "grimace.dataset": facts.dataset,
-            "grimace.model_sha256": files["model.keras"],
+            registry.NETWORK: files["model.keras"],
             f"grimace.test.{DECIDES[task]}": f"{facts.test[DECIDES[task]]:.6f}",
         }
         page = card(facts, WORST_SLICES)

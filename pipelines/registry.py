@@ -39,8 +39,13 @@ BUNDLES = Path("bundles")
 AUDIT = "grimace.audit."
 SHA256 = "grimace.sha256"
 BLESSING = "grimace.blessing_sha256"
+NETWORK = "grimace.model_sha256"
+CROWNED = "grimace.had_champion"  # on the registered model, once the alias has been there
+FILES = Path("files.json")  # of a version: the SHA-256 of all else that it was registered with
+FILES_SHA256 = "grimace.files_sha256"
+JUDGED = ("blessing.json", "gates.md", "answers.npz")  # what the gate adds to a version
 GATES = "\n## Gates\n\n"
-PAGE_LENGTH = 5000  # what the store holds of a version's description
+PAGE_LENGTH = 5000  # what the store holds of a version's description, and of a tag
 
 
 class Event(NamedTuple):
@@ -120,11 +125,8 @@ class Registry:
             there = ", ".join(str(v.version) for v in self.versions()) or "none"
             raise GrimaceError(f"{self.name} has no version {number}; it has {there}") from None
 
-    def champion(self, retrying: int | None = None) -> int | None:
+    def champion(self) -> int | None:
         """Return the champion; None where there never was one.
-
-        Args:
-            retrying: a version whose own first promotion may have been cut short.
 
         Raises:
             GrimaceError: there was one, and the alias or the version is gone.
@@ -133,9 +135,9 @@ class Registry:
         if number is not None:
             self.version(number)
             return number
-        asked = {event.after for event in self.trail()}
-        if asked <= {retrying}:
+        if CROWNED not in self._model().tags:  # at most a first promotion was begun
             return None
+        asked = {event.after for event in self.trail()}
         raise GrimaceError(
             f"{self.name} had a champion and has none now: the alias is gone, or its version was "
             f"deleted. Candidates cannot be judged without it. `python -m flows.promote --task "
@@ -208,19 +210,26 @@ class Registry:
     def check_bytes(self, number: int, blessing: Mapping[str, Any]) -> None:
         """Compare a version's files with those that its blessing is for.
 
+        All others, such as lineage and what tells MLflow how to load the model, have to be those
+        that it was registered with.
+
         Raises:
             GrimaceError: a file is missing, changed or more.
         """
         folder = self.fetch(number)
-        there = {
-            "model.keras"
-            if path == folder / MODEL
-            else path.relative_to(folder / BUNDLES).as_posix(): tracking.sha256(path)
-            for path in (folder / MODEL, *sorted((folder / BUNDLES).rglob("*")))
-            if path.is_file()
-        }
+        noted = folder / FILES
+        known = self.version(number).tags.get(FILES_SHA256)
+        if not noted.is_file() or tracking.sha256(noted) != known:
+            raise GrimaceError(
+                f"the list of the files of {self.name} version {number} is gone or was changed: "
+                f"{noted}"
+            )
         blessed = blessing["files"]
-        other = sorted(name for name in {*there, *blessed} if there.get(name) != blessed.get(name))
+        at = {name: BUNDLES / name for name in blessed} | {"model.keras": MODEL}
+        wanted = json.loads(noted.read_text())
+        wanted |= {at[name].as_posix(): sha256 for name, sha256 in blessed.items()}
+        there = _sums(folder)
+        other = sorted(name for name in {*there, *wanted} if there.get(name) != wanted.get(name))
         if other or {digest(blessed), self.sha256(number)} != {blessing["sha256"]}:
             raise GrimaceError(
                 f"{self.name} version {number} was blessed for other bytes than it holds: "
@@ -248,7 +257,10 @@ class Registry:
         import mlflow
         from mlflow.exceptions import MlflowException
 
-        place = f"registered/{sha256[:12]}"
+        noted = folder / FILES
+        noted.write_text(json.dumps(_sums(folder), indent=2) + "\n")
+        # A place of its own: what a killed registration has left is not to be mixed in.
+        place = f"registered/{sha256[:12]}-{uuid4().hex[:8]}"
         with tracking.run_of_model(self.settings, self.task, model) as run:
             mlflow.log_artifacts(str(folder), place)
         try:
@@ -260,7 +272,12 @@ class Registry:
             self.name,
             f"{run.info.artifact_uri}/{place}",
             run.info.run_id,
-            tags={SHA256: sha256, "grimace.place": place, **tags},
+            tags={
+                SHA256: sha256,
+                FILES_SHA256: tracking.sha256(noted),
+                "grimace.place": place,
+                **tags,
+            },
             description=page[:PAGE_LENGTH],
         )
         number = int(version.version)
@@ -302,8 +319,15 @@ class Registry:
         )
         self._tag(number, BLESSING, tracking.sha256(path))
 
-    def promote(self, number: int, who: str, why: str) -> Event | None:
+    def promote(self, number: int, who: str, why: str, unattended: bool = False) -> Event | None:
         """Make a blessed version the champion.
+
+        Args:
+            number: the version.
+            who: asks for it.
+            why: their reason.
+            unattended: nobody looks on. A network that was rolled back then stays away, however
+                often it is exported anew.
 
         Returns:
             The entry of the audit trail; None where it is the champion already.
@@ -314,20 +338,22 @@ class Registry:
             GrimaceError: it holds other bytes than were blessed; it or the champion is lost.
         """
         with self._alone():
-            self._set_previous()
-            champion = self.champion(retrying=number)
+            self._catch_up()
+            champion = self.champion()
             if champion == number:
                 return None
             self._refuse_if_older(number, champion)
+            self._refuse_rolled_back(number, unattended)
             blessing = self.blessing(number)
-            self._refuse_unblessed(number, champion, blessing)
+            self._refuse_unblessed(number, blessing)
+            self._refuse_stale(number, champion, blessing)
             self.check_bytes(number, blessing)
             overrides = [
                 {"gate": row["name"], **row["overridden"]}
                 for row in blessing["gates"]
                 if row["overridden"]
             ]
-            event = Event("promote", champion, number, who, _now(), why[:1000], overrides)
+            event = Event("promote", champion, number, who, _now(), why, overrides)
             self._move(event)
             return event
 
@@ -337,10 +363,11 @@ class Registry:
         Said twice it goes back twice, unless `to` names the version.
 
         Raises:
-            GrimaceError: there is none, it never was champion, or its files are not whole.
+            GrimaceError: there is none, it never was champion, it is not blessed, or its files are
+                not whole.
         """
         with self._alone():
-            self._set_previous()
+            self._catch_up()
             champion, moves = self.aliases().get("champion"), self.moves()
             if to is None:
                 if champion is None:
@@ -357,8 +384,12 @@ class Registry:
                     f"{self.name} version {to} never was champion "
                     f"({', '.join(map(str, sorted(former))) or 'nobody'} was); promote it instead"
                 )
-            self.check_bytes(to, self.blessing(to))
-            event = Event("rollback", champion, to, who, _now(), why[:1000], [])
+            blessing = self.blessing(to)
+            self._refuse_unblessed(
+                to, blessing
+            )  # one whose promotion never came may be judged anew
+            self.check_bytes(to, blessing)
+            event = Event("rollback", champion, to, who, _now(), why, [])
             self._move(event)
             return event
 
@@ -369,17 +400,28 @@ class Registry:
                 f"only a rollback goes back: `python -m flows.promote --task {self.task} "
                 f"--rollback --to {number}`"
             )
-        left = [event for event in self.moves() if event.before == number]
-        if left and left[-1].action == "rollback":
+
+    def _refuse_rolled_back(self, number: int, unattended: bool) -> None:
+        moves, network = self.moves(), self.version(number).tags.get(NETWORK)
+        for version in self.versions() if unattended else [self.version(number)]:
+            left = [event for event in moves if event.before == int(version.version)]
+            if not left or left[-1].action != "rollback" or version.tags.get(NETWORK) != network:
+                continue
+            said = (
+                f"version {version.version} was rolled back by {left[-1].who} on {left[-1].when} "
+                f"({left[-1].why}). `python -m flows.promote --task {self.task}"
+            )
+            if int(version.version) == number:
+                raise RefusedError(
+                    f"{self.name} {said} --rollback --to {number}` brings it back where that was a "
+                    "mistake"
+                )
             raise RefusedError(
-                f"{self.name} version {number} was rolled back by {left[-1].who} on "
-                f"{left[-1].when} ({left[-1].why}). `python -m flows.promote --task {self.task} "
-                f"--rollback --to {number}` brings it back where that was a mistake"
+                f"{self.name} version {number} is the same network in other bundles, and {said} "
+                f"--version {number} --why …` promotes it where the bundles were what was wrong"
             )
 
-    def _refuse_unblessed(
-        self, number: int, champion: int | None, blessing: Mapping[str, Any]
-    ) -> None:
+    def _refuse_unblessed(self, number: int, blessing: Mapping[str, Any]) -> None:
         # Not the flag alone: rows decide.
         rows = blessing["gates"]
         failed = [row["name"] for row in rows if not (row["passed"] or row["overridden"])]
@@ -388,6 +430,8 @@ class Registry:
                 f"{self.name} version {number} is not blessed: it fails "
                 f"{', '.join(failed) or 'to have gates'}. See {self.fetch(number)}/blessing.json"
             )
+
+    def _refuse_stale(self, number: int, champion: int | None, blessing: Mapping[str, Any]) -> None:
         judged = blessing["champion"] and blessing["champion"]["version"]
         if judged != champion:
             raise StaleBlessingError(
@@ -399,17 +443,22 @@ class Registry:
 
     def _move(self, event: Event) -> None:
         """Write the trail, then move `champion`, and `previous` after it."""
+        taken = [int(key[len(AUDIT) :][:5]) for key in self._model().tags if key.startswith(AUDIT)]
         # What another working copy writes at the same time must not take this entry's place.
-        key = f"{AUDIT}{len(self.trail()) + 1:05d}-{uuid4().hex[:8]}"
-        self.client.set_registered_model_tag(self.name, key, json.dumps(event._asdict()))
+        key = f"{AUDIT}{max(taken, default=0) + 1:05d}-{uuid4().hex[:8]}"
+        self.client.set_registered_model_tag(self.name, key, entry(event))
         self.client.set_registered_model_alias(self.name, "champion", str(event.after))
-        self._set_previous()
+        self._catch_up()
 
-    def _set_previous(self) -> None:
-        """Put `previous` on the version that the champion took the place of."""
+    def _catch_up(self) -> None:
+        """Note that there is a champion, and put `previous` on the version that it displaced."""
         aliases = self.aliases()
         champion, now = aliases.get("champion"), aliases.get("previous")
-        if champion is None or (wanted := self.before(champion)) == now:
+        if champion is None:
+            return
+        if CROWNED not in self._model().tags:
+            self.client.set_registered_model_tag(self.name, CROWNED, "true")
+        if (wanted := self.before(champion)) == now:
             return
         if wanted is None:
             self.client.delete_registered_model_alias(self.name, "previous")
@@ -450,6 +499,29 @@ def about(name: str) -> str:
     )
 
 
+def entry(event: Event) -> str:
+    """Return an event as the audit trail keeps it; what is too long for a tag is cut short."""
+    for length in (1000, 500, 200, 50):
+        cut = [
+            {name: text[:length] for name, text in override.items()} for override in event.overrides
+        ]
+        kept = event._replace(why=event.why[:length], overrides=cut)._asdict()
+        if len(text := json.dumps(kept, ensure_ascii=False)) <= PAGE_LENGTH:
+            return text
+    raise GrimaceError(
+        f"{len(event.overrides)} overrides are more than the audit trail can hold of one promotion"
+    )
+
+
+def _sums(folder: Path) -> dict[str, str]:
+    """SHA-256 of all files of a version but those of the gate and the list of these sums."""
+    names = {
+        path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()
+    }
+    left_out = {FILES.as_posix(), *JUDGED}
+    return {name: tracking.sha256(names[name]) for name in sorted({*names} - left_out)}
+
+
 def digest(files: Mapping[str, str]) -> str:
     """Return one SHA-256 for files whose SHA-256 are given by name."""
     return hashlib.sha256(json.dumps(dict(files), sort_keys=True).encode()).hexdigest()
@@ -481,6 +553,11 @@ def bytes_of(task: str) -> dict[str, str]:
         for path in sorted(bundles.rglob("*"))
         if path.is_file()
     }
+    if "model.keras" in found:
+        raise GrimaceError(
+            f"{found['model.keras']} is no part of a bundle, and has the name by which the model "
+            "itself is known; remove it"
+        )
     return {name: tracking.sha256(path) for name, path in {"model.keras": model, **found}.items()}
 
 
@@ -520,12 +597,9 @@ def is_settled(task: TaskName, params: Params) -> bool:
     return noted == _standing(task, params, champion)
 
 
-def settle(task: TaskName, params: Params, promoted: bool) -> None:
-    """Note that what is here now was promoted, or rejected beside the champion that there is."""
-    champion = None
-    if not promoted:
-        champion = Registry(params.tracking, task).aliases().get("champion", 0)
-    _note(task).write_text(_standing(task, params, champion))
+def settle(task: TaskName, params: Params, against: int | None) -> None:
+    """Note that what is here now was promoted, or rejected `against` a version; 0 for none."""
+    _note(task).write_text(_standing(task, params, against))
 
 
 def _note(task: TaskName) -> Path:

@@ -130,7 +130,7 @@ def measure_all(
     """Run every deployable in each runtime that `verify.runtimes` names for it."""
     done = Measured({}, {}, [], {}, {})
     for name, deployable in found.items():
-        target, taken = name.partition("/")[0], False
+        target, taken, judged = name.partition("/")[0], False, False
         places = {runtime: f"{target}:{runtime}" for runtime in params.verify.runtimes.of(target)}
         if engine := deployable.path.suffix == ".engine":
             places = {"tensorrt": f"{target}/{deployable.path.name}"}  # each for a GPU of its own
@@ -147,10 +147,12 @@ def measure_all(
             # Whatever a runtime raises: what could not be measured has failed, the others go on.
             except Exception as error:
                 done.gates.append(failed(row, error))
+                judged = True
             else:
                 done.numerics[row], done.perf[row] = numerics, perf
                 if not perf["software"]:
                     done.gates.append(judge(row, numerics, test.scores, budget))
+                    judged = True
                 print(f"{row}: {headline(numerics)}, {perf['p50_ms']:.2f} ms")
             taken = True
         if engine and not taken:
@@ -159,6 +161,12 @@ def measure_all(
             reasons = "; ".join(done.absent[place] for place in places.values())
             nowhere = GrimaceError(f"no runtime of verify.runtimes is there: {reasons}")
             done.gates.append(failed(name, nowhere))
+        elif not judged:
+            imitated = GrimaceError(
+                f"measured only where a GPU is imitated, on a part of the faces: add a runtime to "
+                f"verify.runtimes.{target} that this machine has"
+            )
+            done.gates.append(failed(name, imitated))
     return done
 
 

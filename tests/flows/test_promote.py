@@ -83,11 +83,14 @@ def artifacts(key: str, flow_run: FlowRun | None = None) -> list[str]:
 
 def test_promote_roll_back_show_and_who_is_told(shop, heard):
     assert show("emotion") == "grimace-emotion: no champion yet\n"
-    assert promote("emotion", return_state=True).message.endswith("register one first")
+    assert promote("emotion", why=" ", return_state=True).message.startswith("say why")
+    nobody = promote("emotion", why="go", return_state=True)
+    assert nobody.message.endswith("register one first")
     shop.candidate(0.6)
     state = promote("emotion", why="the first", who="Ada", return_state=True)
     assert state.message == "grimace-emotion: champion is version 1, before: none"
-    assert promote("emotion", return_state=True).message.endswith("is the champion already")
+    again = promote("emotion", why="once more", return_state=True)
+    assert again.message.endswith("is the champion already")
     shop.candidate(0.5, 2)
     state = promote("emotion", why="please", who="Eve", return_state=True)
     assert (state.name, state.is_failed()) == ("Refused", True)
@@ -110,14 +113,20 @@ def test_promote_roll_back_show_and_who_is_told(shop, heard):
     assert rollback("emotion", why="more", return_state=True).is_failed()
     assert [body["subject"] for body in heard] == [
         "grimace.failed promote",
+        "grimace.failed promote",
         "grimace.promoted emotion",
         "grimace.rejected emotion",
         "grimace.promoted emotion",
         "grimace.rolled_back emotion",
         "grimace.failed rollback",
     ]
-    assert "Eve: blinks" in heard[4]["text"]
-    assert heard[5]["text"].startswith("roll back emotion: ")
+    assert "Eve: blinks" in heard[5]["text"]
+    assert heard[6]["text"].startswith("roll back emotion: ")
+    store = shop.store()
+    store.client.set_registered_model_alias(store.name, "champion", "2")
+    shown = show("emotion")
+    assert "by hand: the audit trail knows nothing of this champion" in shown
+    assert "NOT BLESSED, fails against the champion" in shown
 
 
 def test_a_failed_flow_is_told_and_a_dead_webhook_stops_nothing(shop, heard, caplog):
@@ -162,6 +171,7 @@ def test_from_the_command_line_without_a_server(shop, tmp_path):
 def test_mistakes_are_told_clearly(monkeypatch, capsys):
     for arguments, said in (
         (["--task", "emotion"], "--task and --why are needed"),
+        (["--task", "emotion", "--why", " "], "--task and --why are needed"),
         (["--task", "emotion", "--why", "x", "--force"], "unrecognized arguments: --force"),
         (["--task", "emotion", "--why", "x", "--to", "1"], "--to says where --rollback goes"),
         (
@@ -192,9 +202,9 @@ def repository(right: float, *more: str) -> None:
 
 def test_retrain_ends_with_register_gate_and_promotion(shop, heard, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    Repo.init()
     shop.candidate(0.6)
     shop.store().promote(1, "Ada", "the first")
+    Repo.init()
     repository(0.57, "--seed", "2")
     assert stage_graph() == {
         "verify@emotion": set(),
@@ -300,6 +310,6 @@ def test_a_store_that_is_away_decides_nothing(shop, how, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{shop.root}/other.db")
     assert not registry.is_settled("emotion", load_params())
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "postgresql://ada:old@db:5432/mlflow")
-    registry.settle("emotion", load_params(), promoted=True)
+    registry.settle("emotion", load_params(), None)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "postgresql://ada:new@db:5432/mlflow")
     assert registry.is_settled("emotion", load_params())

@@ -281,6 +281,65 @@ def test_one_that_did_not_run_or_was_not_there(judged, faces):
     assert failed(judged(candidate)).keys() == {"deployables"}
 
 
+def test_a_graph_that_only_an_imitated_gpu_ran(judged, faces):
+    """It has figures, of some faces, and no verdict of its own; what a further runtime ran has."""
+    candidate = candidate_of(said(faces, some(0.7)), 0.68)
+    candidate.verification["budgets"]["gates"][1] |= {
+        "value": None,
+        "bound": None,
+        "passed": False,
+        "why": "measured only where a GPU is imitated",
+    }
+    wanted = {"budget: tflite/int8": "measured only where a GPU is imitated"}
+    assert failed(judged(candidate)) == wanted
+    for kind in ("numerics", "perf"):
+        of = candidate.verification[kind]
+        of["tflite/int8:litertjs"] = of["tflite/int8"] | {"bytes": 30 * 2**20}
+    candidate.verification["budgets"]["gates"][1] = dict(GATE, name="tflite/int8:litertjs")
+    assert failed(judged(candidate)).keys() == {"size: tflite/int8"}
+
+
+def test_a_slice_counts_only_faces_that_it_has_figures_of(params):
+    """Without the corners of its eyes a face has no inter-ocular NME."""
+    visible = np.ones((COUNT, 68), bool)
+    visible[5 * 2 : COUNT : 2, 36] = False  # but for five, all of source "a"
+    faces = with_landmarks(np.random.default_rng(3), visible)
+    outputs = faces.landmarks.copy()
+    outputs[: 5 * 2 : 2] += 0.5
+    one = Candidate(FILES, outputs, {}, {}, frozenset({"x"}), {})
+    rows = {row["name"]: row for row in gate.gates("landmarks", one, None, faces, params)}
+    assert rows["worst slice"]["passed"] and "source a" not in rows["worst slice"]["why"]
+    visible[10:40:2, 36] = True  # twenty
+    outputs[:40:2] += 0.5
+    rows = {row["name"]: row for row in gate.gates("landmarks", one, None, faces, params)}
+    assert not rows["worst slice"]["passed"]
+    assert rows["worst slice"]["why"].startswith("source a: ")
+
+
+def with_landmarks(rng: np.random.Generator, visible: np.ndarray) -> Faces:
+    """Faces of two sources in turn, whose eyes are 0.6 of the crop apart."""
+    truth = rng.random((COUNT, 68, 2)).astype(np.float32)
+    truth[:, 36], truth[:, 45] = (0.2, 0.4), (0.8, 0.4)
+    return Faces(
+        ids=np.array([f"test-{n}" for n in range(COUNT)]),
+        groups=np.array([f"test-{n}" for n in range(COUNT)]),
+        images=np.zeros((COUNT, 1, 1, 1), np.uint8),
+        emotions=None,
+        landmarks=truth,
+        visible=visible,
+        unusable={},
+        traits=pd.DataFrame(
+            {
+                "class": "unlabelled",
+                "brightness": np.linspace(0, 1, COUNT),
+                "yaw": 0.0,
+                "face_size": 80.0,
+                "source": ["a", "b"] * (COUNT // 2),
+            }
+        ),
+    )
+
+
 def test_a_tampered_bundle(judged, faces):
     other = FILES | {"tflite/int8.tflite": "e" * 64, "tflite/more.tflite": "f" * 64}
     blessing = judged(candidate_of(said(faces, some(0.7)), 0.68, files=other))
@@ -346,26 +405,8 @@ def test_an_override_is_for_one_gate_and_one_candidate_and_signed(judged, faces)
 
 def test_landmarks_are_better_where_the_error_is_lower(params):
     rng = np.random.default_rng(3)
-    truth = rng.random((COUNT, 68, 2)).astype(np.float32)
-    truth[:, 36], truth[:, 45] = (0.2, 0.4), (0.8, 0.4)
-    faces = Faces(
-        ids=np.array([f"test-{n}" for n in range(COUNT)]),
-        groups=np.array([f"test-{n}" for n in range(COUNT)]),
-        images=np.zeros((COUNT, 1, 1, 1), np.uint8),
-        emotions=None,
-        landmarks=truth,
-        visible=np.ones((COUNT, 68), bool),
-        unusable={},
-        traits=pd.DataFrame(
-            {
-                "class": "unlabelled",
-                "brightness": np.linspace(0, 1, COUNT),
-                "yaw": 0.0,
-                "face_size": 80.0,
-                "source": ["a", "b"] * (COUNT // 2),
-            }
-        ),
-    )
+    faces = with_landmarks(rng, np.ones((COUNT, 68), bool))
+    truth = faces.landmarks
     # Off by a known length, to one side: the NME is that over the distance of the eyes.
     off = rng.uniform(0.03, 0.05, COUNT).astype(np.float32)
     theirs = truth + np.stack([off, 0 * off], 1)[:, None]

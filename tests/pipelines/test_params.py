@@ -107,6 +107,7 @@ def test_unknown_key(load: Load, key: str, meant: str) -> None:
         ("landmarks.slice_floor", 0.3, "slice_floor is 0.3, 0.25 is the loosest"),
         ("emotion.above_validation", 0.5, "above_validation is 0.5, 0.05 is the most"),
         ("emotion.answers.int8", 1.0, "answers is 1, 0.4 is the most"),
+        ("landmarks.mib", {"default": 1, "tflite/int8": 30}, "mib is 30, 25 is the most"),
     ],
 )
 def test_no_gate_is_loosened_without_a_signature(

@@ -70,7 +70,7 @@ def test_from_verified_candidate_to_a_champion_that_mlflow_loads(workspace):
         answers = loaded.predict(faces.images.astype(np.float32), verbose=0)
         assert answers == pytest.approx(saved["outputs"], abs=1e-5)
         assert saved["ids"].tolist() == faces.ids.tolist()
-        asked = gate.ask_anew(store.fetch(1) / registry.MODEL, faces, settings, "emotion")
+        asked = gate.ask_anew(store.fetch(1) / registry.MODEL, faces, settings, settings, "emotion")
         assert asked == pytest.approx(saved["outputs"], abs=1e-5)
 
 

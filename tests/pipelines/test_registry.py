@@ -13,9 +13,12 @@ import mlflow
 import numpy as np
 import pandas as pd
 import pytest
+import yaml
 
 from pipelines import gate, registry
 from pipelines.cli import GrimaceError
+from pipelines.heldout import Faces, faces_of_side
+from pipelines.params import Task, TaskName, load_params
 from pipelines.registry import Registry
 
 # Whatever is written to the store or beside it goes through one of these.
@@ -167,7 +170,18 @@ def test_a_blessing_cannot_be_written_by_hand(shop):
         store.promote(number, "Eve", "")
 
 
-@pytest.mark.parametrize("how", ["changed", "gone", "added", "model"])
+TAMPERED = {
+    "changed": "bundles/tflite/int8.tflite",
+    "gone": "bundles/tflite/int8.tflite",
+    "added": "bundles/tflite/more.tflite",
+    "model": "data/model.keras",
+    "swapped": "bundles/model.keras, data/model.keras",
+    "loader": "MLmodel, other/model.keras",
+    "lineage": "lineage/code.json",
+}
+
+
+@pytest.mark.parametrize("how", TAMPERED)
 def test_a_tampered_bundle_is_refused(shop, how):
     store = shop.store()
     number = shop.candidate(0.7)
@@ -182,10 +196,84 @@ def test_a_tampered_bundle_is_refused(shop, how):
             (folder / "bundles/tflite/more.tflite").write_bytes(b"!")
         case "model":
             (folder / "data/model.keras").write_bytes(b"!")
-    name = {"added": "tflite/more.tflite", "model": "model.keras"}.get(how, "tflite/int8.tflite")
-    with pytest.raises(GrimaceError, match=f"blessed for other bytes than it holds: {name}"):
+        case "swapped":  # the blessed bytes are there, under the name by which they are listed
+            (folder / "data/model.keras").rename(folder / "bundles/model.keras")
+            (folder / "data/model.keras").write_bytes(b"!")
+        case "loader":  # MLflow is sent to another model
+            (folder / "other").mkdir()
+            (folder / "other/model.keras").write_bytes(b"!")
+            told = folder / "MLmodel"
+            told.write_text(told.read_text().replace("data: data", "data: other"))
+        case "lineage":
+            (folder / "lineage/code.json").write_text('{"commit": "another"}')
+    with pytest.raises(GrimaceError, match=f"other bytes than it holds: {TAMPERED[how]} in "):
+        store.promote(number, "Eve", "")
+    # Nor with the list of files forged as well.
+    listed = {**json.loads((folder / "files.json").read_text()), **registry._sums(folder)}
+    (folder / "files.json").write_text(json.dumps(listed))
+    with pytest.raises(GrimaceError, match="list of the files of grimace-emotion version 1 is"):
         store.promote(number, "Eve", "")
     assert store.champion() is None
+
+
+def test_a_bundle_has_no_file_by_the_models_name(shop):
+    shop.produce(0.7)
+    Path("deploy/emotion/model.keras").write_bytes(b"!")
+    with pytest.raises(GrimaceError, match="is no part of a bundle"):
+        shop.register()
+
+
+def test_what_a_stage_read_before_it_was_made_again_is_no_record(shop):
+    """The split made anew, and the verification run by itself on the model of before."""
+    number = shop.candidate(0.7)
+    lock = yaml.safe_load(Path("dvc.lock").read_text())
+
+    def stage(out: str, dep: str, md5: str) -> dict[str, Any]:
+        return {
+            "cmd": "true",
+            "deps": [{"path": dep, "hash": "md5", "md5": md5}],
+            "outs": [{"path": out, "hash": "md5", "md5": f"{out}.dir"}],
+        }
+
+    lock["stages"]["split@folder"] = stage("data/raw/one", "pipelines/split.py", "code")
+    lock["stages"]["train@emotion-plain"] = stage("runs/plain", "data/raw/one", "data/raw/one.dir")
+    lock["stages"]["verify@emotion"]["deps"] = [{"path": "runs/plain", "md5": "runs/plain.dir"}]
+    lock["stages"]["split@folder"]["outs"][0]["md5"] = "another.dir"
+    Path("dvc.lock").write_text(yaml.safe_dump(lock))
+    (row,) = [row for row in shop.judge()["gates"] if row["name"] == "records"]
+    assert not row["passed"]
+    assert "data/raw/one as train@emotion-plain read it" in row["why"]
+    assert "runs/plain as" not in row["why"] and "pipelines/split.py" not in row["why"]
+    with pytest.raises(GrimaceError, match="not blessed: it fails records"):
+        shop.store().promote(number, "Eve", "")
+
+
+def test_a_network_that_was_rolled_back_stays_away_in_other_bundles(shop, noted):
+    store = shop.store()
+    store.promote(shop.candidate(0.6), "Ada", "")
+    store.promote(shop.candidate(0.8, 2), "Ada", "")
+    store.rollback(None, "Eve", "blinks")
+    Path("deploy/emotion/tflite/int8.tflite").write_bytes(b"exported anew")
+    path = Path("reports/verify/emotion/budgets.json")
+    budgets = json.loads(path.read_text()) | {"files": registry.bytes_of("emotion")}
+    path.write_text(json.dumps(budgets))
+    noted("reports/verify", "reports/evaluate", "reports/select")
+    number = shop.register()
+    assert number == 3 and shop.judge()["blessed"]
+    said = r"version 3 is the same network in other bundles, and version 2 was rolled back by Eve"
+    with pytest.raises(registry.RefusedError, match=said):
+        store.promote(number, "retrain", "", unattended=True)
+    store.promote(number, "Ada", "the bundles were wrong")
+    assert store.champion() == 3
+
+
+def test_a_long_story_is_cut_to_what_the_trail_holds():
+    override = {"gate": "size: tflite/int8", "who": "Ада", "reason": "ё" * 500}
+    event = registry.Event("promote", 1, 2, "Ada", "now", "почему " * 200, [override] * 9)
+    kept = registry.entry(event)
+    assert len(kept) <= 5000 and "почему" in kept and kept.count("size: tflite/int8") == 9
+    short = event._replace(why="blinks", overrides=[override])
+    assert registry.Event(**json.loads(registry.entry(short))) == short
 
 
 def test_bytes_changed_between_verification_and_gate(shop):
@@ -381,12 +469,42 @@ def test_a_champion_measured_on_other_faces_is_measured_anew(shop, monkeypatch):
             assert images.shape == (240, 16, 16, 1)
             return np.full((240, 7), 1 / 7, np.float32)  # right on every seventh
 
+    # Whatever the candidate is cropped by, the champion is asked in its own way.
+    asked: list[float] = []
+
+    def noting(name: TaskName, task: Task, side: str) -> Faces:
+        asked.append(task.margin)
+        return faces_of_side(name, task, side)
+
+    own = load_params().tasks.emotion.margin
     monkeypatch.setattr("pipelines.runtimes.load", Model)
+    monkeypatch.setattr(gate, "faces_of_side", noting)
+    shop.change_params(lambda values: values["tasks"]["emotion"].update(margin=0.4))
     shop.candidate(0.8, 2)
+    assert asked == [0.4, own]
     (row,) = [row for row in store.blessing(2)["gates"] if row["name"] == "against the champion"]
     right = np.load("reports/verify/emotion/predictions.npz")["outputs"].argmax(1)
     gain = (right == np.arange(240) % 7).mean() - np.mean(np.arange(240) % 7 == 0)
     assert row["value"] == pytest.approx(gain)
+
+
+def test_one_that_was_begun_and_judged_anew_is_no_way_back(shop):
+    """Its promotion was cut short before the alias moved."""
+    store, number = shop.store(), shop.candidate(0.7)
+    begun = registry.Event("promote", None, number, "Ada", "now", "cut short", [])
+    store.client.set_registered_model_tag(
+        store.name, f"{registry.AUDIT}00001-abc", registry.entry(begun)
+    )
+    assert store.champion() is None  # and no lost one: others can be judged and promoted
+    shop.change_params(lambda values: values["gate"]["emotion"]["mib"].update(default=1e-6))
+    assert shop.judge()["blessed"] is False
+    with pytest.raises(GrimaceError, match="version 1 is not blessed"):
+        store.rollback(number, "Eve", "")
+    shop.change_params(lambda values: values["gate"]["emotion"]["mib"].update(default=25))
+    other = shop.candidate(0.8, 2)
+    assert store.blessing(other)["champion"] is None
+    store.promote(other, "Ada", "")
+    assert [move.after for move in store.moves()] == [other]
 
 
 # Killed at every step

@@ -229,6 +229,20 @@ def test_a_graph_without_any_runtime_has_failed(exported, monkeypatch):
     assert "no runtime of verify.runtimes is there: no Chromium" in done.gates[-1]["why"]
 
 
+def test_a_graph_that_only_an_imitated_gpu_ran_has_failed(exported, monkeypatch):
+    def imitated(deployable, runtime, test, params):
+        assert runtime == "node"
+        return {"n": 5, "accuracy": 0.5}, {"software": True, "p50_ms": 1.0}
+
+    monkeypatch.setattr(verify, "try_out", imitated)
+    params = in_runtimes(exported, ["litert"], ["node"])
+    _, done = measured(exported, "emotion", ["tfjs/uint8"], params)
+    assert done.numerics.keys() == {"tfjs/uint8"}
+    (gate,) = done.gates
+    assert gate["passed"] is False and gate["value"] is None
+    assert "add a runtime to verify.runtimes.tfjs" in gate["why"]
+
+
 # What goes wrong
 
 
