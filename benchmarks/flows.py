@@ -50,6 +50,7 @@ PARTS = ("full", "nothing", "row")
 WAYS = ("dvc", "flow", "flow2")  # flow2: as it comes, two stages at a time
 AFTER_DVC = ("register", "gate")
 CLEAR_SECONDS = 20  # in which a run's process has to be gone after the run's end
+MOST_SECONDS = 600  # that a run with nothing to do may take
 LOCKED = re.compile("database is locked", re.IGNORECASE)
 
 
@@ -140,8 +141,8 @@ def fill(folder: Path, cache: Path) -> None:
 def service(folder: Path) -> Iterator[SyncPrefectClient]:
     """Prefect server, worker and MLflow UI in a clone, and a client of the server."""
     up = [sys.executable, "-m", "flows.up"]
-    call([*up, *(f"--{name}-port={port}" for name, port in PORTS.items())], folder)
     try:
+        call([*up, *(f"--{name}-port={port}" for name, port in PORTS.items())], folder)
         with (
             temporary_settings({PREFECT_API_URL: f"http://127.0.0.1:{PORTS['prefect']}/api"}),
             get_client(sync_client=True) as client,
@@ -213,6 +214,8 @@ def in_a_row(folder: Path, client: SyncPrefectClient, count: int) -> dict[str, A
         began = time.perf_counter()
         flow_run = client.create_flow_run_from_deployment(deployment.id)
         while not (state := client.read_flow_run(flow_run.id).state) or not state.is_final():
+            if time.perf_counter() - began > MOST_SECONDS:
+                raise GrimaceError(f"run {number + 1} has not ended; see {folder / SERVICE}")
             time.sleep(0.5)
         seconds = time.perf_counter() - began
         clear_by = time.monotonic() + CLEAR_SECONDS

@@ -39,6 +39,11 @@ def main() -> None:
     )
     parser.add_argument("--webhook", metavar="URL", required=True, help="what is to be called")
     url = parser.parse_args().webhook
+    if not PREFECT_API_URL.value():  # it would be saved where nobody looks
+        raise GrimaceError(
+            "PREFECT_API_URL is not set, and the block belongs to a server: start `python -m "
+            "flows.up` and set it as that says"
+        )
     kind, name = load_params().notify.block.split("/")
     if kind != CustomWebhookNotificationBlock.get_block_type_slug():
         raise GrimaceError(
@@ -85,6 +90,8 @@ def tell(what: What, about: str, text: str) -> None:
 
 def tell_failure(flow: Flow[Any, Any], flow_run: FlowRun, state: State[Any]) -> None:
     """A hook for `on_failure` and `on_crashed` of flows; tells the first line, the log has all."""
+    if state.name == "Busy":  # another flow is at work; nothing is wrong
+        return
     why = (state.message or state.name or "").partition("\n")[0]
     tell("failed", flow.name, f"{flow_run.name}: {why}")
 

@@ -23,9 +23,10 @@ from graphlib import TopologicalSorter
 from io import BytesIO
 from pathlib import Path
 from queue import Empty, SimpleQueue
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Annotated, Any, Literal, NamedTuple, get_args
 
 from PIL import Image
+from pydantic import Field
 
 from flows.lock import BusyError, GivenUpError, alone, refuse_if_held
 from flows.supervise import Lifeline, Outcome, supervise
@@ -128,7 +129,12 @@ def prefect_server() -> Iterator[None]:
     end it before us (who then call it in vain for two minutes), and SIGKILL would leave it
     running for ever.
     """
-    if PREFECT_API_URL.value():
+    if url := PREFECT_API_URL.value():
+        if not answers(url):
+            raise GrimaceError(
+                f"PREFECT_API_URL names {url}, where no Prefect server answers; start it with "
+                "`python -m flows.up`, or unset PREFECT_API_URL for a temporary one"
+            )
         yield
         return
     with socket.socket() as free:
@@ -167,7 +173,11 @@ def answers(url: str) -> bool:
 
 
 @flow(name="retrain", on_failure=[tell_failure], on_crashed=[tell_failure])
-def retrain(targets: list[str] | None = None, workers: int = 2, wait: bool = False) -> State[Any]:
+def retrain(
+    targets: list[str] | None = None,
+    workers: Annotated[int, Field(ge=1)] = 2,
+    wait: bool = False,
+) -> State[Any]:
     """Run the stages of the dvc.yaml in the current folder that are out of date.
 
     A stage that fails fails the flow and skips what needs it; the others are still run. Each
@@ -491,12 +501,13 @@ def decide(runs: list[StageRun]) -> list[Decision]:
     """
     from pipelines.gate import is_final
 
-    decisions, params = [], load_params()
+    decisions = []
     for stage in (ended.stage for ended in runs if ended.state == "ran"):
         kind, _, name = stage.partition("@")
         if kind != "gate":
             continue
         judged, folder = task_named(name), Path("reports/gate", name)
+        params = load_params()
         blessing = json.loads((folder / "blessing.json").read_text())
         create_markdown_artifact(
             (folder / "gates.md").read_text(encoding="utf-8"),

@@ -17,10 +17,11 @@ from functools import partial
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from shutil import rmtree
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import optuna
 from optuna.trial import TrialState
+from pydantic import Field
 
 from flows.lock import BusyError, GivenUpError, refuse_if_held
 from flows.retrain import in_workspace, is_cancelled_in_prefect, prefect_server, report_end
@@ -141,7 +142,7 @@ def main() -> None:
 def sweep(
     job: str,
     trials: int = 20,
-    parallel: int = 1,
+    parallel: Annotated[int, Field(ge=1)] = 1,
     timeout: float | None = None,
     wait: bool = False,
 ) -> State[Any]:

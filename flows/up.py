@@ -120,6 +120,8 @@ def start(prefect_port: int, mlflow_port: int) -> None:
             parts["mlflow"] = launch("mlflow", parts, mlflow_port)  # meanwhile
         wait_for(parts["prefect"])
         if "worker" not in parts:
+            if left := orphans():  # they would work beside what the new worker starts
+                end_orphans(left)
             with server(parts["prefect"]) as client:
                 prepare(client)
                 deploy(api_of(parts["prefect"]))
@@ -140,9 +142,12 @@ def start(prefect_port: int, mlflow_port: int) -> None:
 def stop() -> None:
     """End every part that runs, and the flow runs that are at work in it."""
     parts = running()
-    if not parts:
-        print("Nothing is up.")
+    left = [] if "worker" in parts else orphans()
+    if not parts and not left:
+        print(f"Nothing is up in {Path.cwd()}.")
         return
+    if left:
+        end_orphans(left)
     if "worker" in parts:
         with progress("ending the worker"):
             end(parts.pop("worker"))
@@ -259,16 +264,26 @@ def end(part: Part) -> None:
     if part.began != beginning(part.pid):
         return
     root = psutil.Process(part.pid)
-    family, flow_runs = {root}, set[psutil.Process]()
-    if part.name == "worker":
-        flow_runs = {child for child in children(root) if "prefect.engine" in child.cmdline()}
+    flow_runs = {child for child in children(root) if is_flow_run(child)}
+    end_family({root}, flow_runs if part.name == "worker" else set())
+
+
+def end_orphans(flow_runs: list[psutil.Process]) -> None:
+    """End flow runs whose worker was killed, and what they have started."""
+    with progress("ending flows whose worker was killed"):
+        end_family(set(flow_runs), set(flow_runs))
+
+
+def end_family(roots: set[psutil.Process], first: set[psutil.Process]) -> None:
+    """End processes and all their descendants: asked in turn, then killed."""
+    family = roots | first
 
     def alive(processes: set[psutil.Process]) -> bool:
         for process in list(family):
             family.update(children(process))
         return any(map(is_alive, processes))
 
-    asked = ((flow_runs, signal.SIGTERM), ({root}, signal.SIGTERM))
+    asked = ((first, signal.SIGTERM), (roots, signal.SIGTERM))
     for processes, number in (*asked, (family, signal.SIGTERM), (family, signal.SIGKILL)):
         if alive(processes):
             for process in processes:
@@ -277,6 +292,24 @@ def end(part: Part) -> None:
         give_up = time.monotonic() + GRACE_SECONDS
         while alive(processes) and time.monotonic() < give_up:
             time.sleep(0.1)
+
+
+def is_flow_run(process: psutil.Process) -> bool:
+    """Whether a process is a flow run that a worker has started."""
+    try:
+        return "prefect.engine" in process.cmdline()
+    except psutil.Error:  # it has ended meanwhile
+        return False
+
+
+def orphans() -> list[psutil.Process]:
+    """Flow runs at work in this folder whose worker was killed."""
+    found = []
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            if is_flow_run(process) and Path(process.cwd()) == Path.cwd():
+                found.append(process)
+    return found
 
 
 def children(process: psutil.Process) -> list[psutil.Process]:

@@ -109,15 +109,24 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     with prefect_server():
         while True:
-            state = watch(trigger, return_state=True)
             if arguments.follow:
-                print(state.message or state.name, flush=True)
+                print(one_of_many(trigger), flush=True)
                 time.sleep(arguments.every)
                 continue
+            state = watch(trigger, return_state=True)
             if not state.is_completed():
                 raise GrimaceError(state.message or f"the look ended as {state.name}")
             print(state.message)
             return
+
+
+def one_of_many(trigger: Trigger) -> str:
+    """Look, and say what came of it; a server that is away for a while ends nothing."""
+    try:
+        state = watch(trigger, return_state=True)
+    except Exception as error:  # of Prefect's own, which has no run yet to fail
+        return f"this look came to nothing: {type(error).__name__}: {error}"
+    return state.message or str(state.name)
 
 
 @flow(name="watch", on_failure=[tell_failure], on_crashed=[tell_failure])
@@ -165,7 +174,7 @@ def watch(trigger: Trigger = "event") -> State[Any]:
         for batch, drift in zip(batches, drifts, strict=True):
             if drift.whole or (tries := journal.tried(batch)) >= TRIES:
                 journal.told_of_batch(batch)
-            else:
+            elif tries:
                 said.append(f"{batch} will be measured again ({tries} of {TRIES} tries)")
     if seen.version or seen.batch or seen.quarantined or drifts or records:
         create_markdown_artifact(

@@ -117,12 +117,18 @@ def finish(journal: Journal, settings: Watch) -> None:
         for source, target in (("version", name), ("record.json", f"{name}.json")):
             if (READY / source).exists():
                 (READY / source).rename(VERSIONS / target)
-    for move in journal.moves:
-        if move.landed is None or move.landed.is_there():
-            _move(move.source, move.target)
-    for landed in journal.removals:
-        if landed.is_there():
-            landed.path.unlink()
+    try:
+        for move in journal.moves:
+            if move.landed is None or move.landed.is_there():
+                _move(move.source, move.target)
+        for landed in journal.removals:
+            if landed.is_there():
+                landed.path.unlink()
+    except PermissionError as error:
+        raise GrimaceError(
+            f"{error.filename} cannot be moved away ({error.strerror}): give whoever runs this the "
+            "right to write in its folder; the next look goes on from here"
+        ) from None
     if journal.refused:
         _list_refused(journal, settings.quarantine)
     if journal.version:
@@ -250,8 +256,10 @@ def told_of_version(number: int) -> None:
 
 
 def tried(batch: str) -> int:
-    """Note that a batch could not be measured; return how often by now."""
+    """Note that a batch could not be measured; return how often by now, 0 if it needs no more."""
     marker = UNLABELLED / f"{batch}{PENDING}"
+    if not marker.exists():  # another look has told of it
+        return 0
     count = int(marker.read_text() or 0) + 1
     marker.write_text(str(count))
     return count

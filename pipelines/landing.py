@@ -44,7 +44,7 @@ from tqdm import tqdm
 from pipelines.cli import GrimaceError, run
 from pipelines.crops import UnreadableImageError, decode
 from pipelines.datasets import OWN, folder
-from pipelines.datasets.archive import Archive, open_archive, unpack
+from pipelines.datasets.archive import Archive, open_archive, readable, unpack
 from pipelines.download import ARCHIVES, folder_sum, places
 from pipelines.journal import (
     JOURNAL,
@@ -172,7 +172,8 @@ def settled(
     """List the files below a folder that are whole, without hidden ones.
 
     A file counts as changed when it is written, renamed or moved here (its ctime, which a copy that
-    keeps the time of its original does not set back).
+    keeps the time of its original does not set back). One whose name is no UTF-8 is renamed, since
+    no table could hold it, and waits once more.
 
     Args:
         place: the folder; it need not be there.
@@ -181,10 +182,12 @@ def settled(
         labelled: whether files wait for those that may tell their labels.
 
     Returns:
-        The files by their names in the folder, sorted, and how many others have to wait.
+        The files by their names in the folder, sorted, and how many others have to wait; with them
+        those that the system does not let us look at.
     """
     found: dict[str, Landed] = {}
     fresh: set[str] = set()
+    denied = 0
     for path in sorted(place.rglob("*")):
         name = path.relative_to(place).as_posix()
         if any(part.startswith((".", "__MACOSX")) for part in name.split("/")):
@@ -192,6 +195,14 @@ def settled(
         try:
             stat = path.lstat()
         except FileNotFoundError:  # gone again
+            continue
+        except PermissionError:  # in a folder that we may list, not enter
+            denied += 1
+            continue
+        if readable(path.name) != path.name:
+            if now - stat.st_ctime >= seconds:
+                _rename(path)
+            denied += 1
             continue
         if path.is_file() or path.is_symlink():
             found[name] = Landed(path=path, size=stat.st_size, mtime_ns=stat.st_mtime_ns)
@@ -201,7 +212,16 @@ def settled(
         tables = _tables(found)
         late = {_unit(name, tables) for name in fresh}
         fresh = {name for name in found if _unit(name, tables) in late}
-    return {name: file for name, file in found.items() if name not in fresh}, len(fresh)
+    return {name: file for name, file in found.items() if name not in fresh}, len(fresh) + denied
+
+
+def _rename(path: Path) -> None:
+    """Give a file or folder a name that is text, and not that of another."""
+    name, number = readable(path.name), 1
+    while (target := path.with_name(name)).exists():
+        number += 1
+        name = f"{number}-{readable(path.name)}"
+    path.rename(target)
 
 
 def _tables(names: Iterable[str]) -> set[PurePosixPath]:
@@ -310,7 +330,8 @@ def _collect(params: Params, now: float) -> list[str]:
         place.mkdir(parents=True, exist_ok=True)
     labelled, late = settled(settings.labelled, settings.settle, now)
     unlabelled, later = settled(settings.unlabelled, settings.settle, now, labelled=False)
-    waiting = [f"{late + later:,} files have not settled yet"] if late + later else []
+    late += later
+    waiting = [f"{late:,} files have not settled yet, or cannot be looked at"] if late else []
     journal = Journal(batch=f"{datetime.now(UTC):%Y%m%dT%H%M%S.%fZ}")
     if labelled:
         _collect_labelled(labelled, params, journal)
@@ -502,23 +523,30 @@ def _collect_unlabelled(
     packed: list[Intake] = []
     mine: dict[str, str] = {}
     for intake in _intakes(params.watch.unlabelled, landed, params.watch, refuse):
-        packed += [intake] if intake.packed else []
-        bad += [(None, name, reason) for name, reason in intake.wrong.items()]
+        before, wrong = len(good), [(None, name, why) for name, why in intake.wrong.items()]
+        faults: list[tuple[Landed | Path | None, str, str]] = [*wrong]
         names = tqdm(intake.archive.names(), "check", unit=" pictures", leave=False, delay=3)
         for name in names:
             file = intake.files[name]
-            image, reason = intake.archive.read(name)
+            image, reason = b"", "not a picture"
+            if folder.is_picture(name):  # asked first: a film may be larger than the memory
+                image, reason = intake.archive.read(name)
             sha256 = hashlib.sha256(image).hexdigest()
-            if not folder.is_picture(name):
-                reason = "not a picture"
             reason = reason or _fault(image, sha256, {}, mine, std)
             if not reason:
                 mine[sha256] = name
                 good.append(_move_of(file, UNLABELLED / journal.batch / name))
             elif intake.packed:
-                bad.append((file, name, reason))
+                faults.append((file, name, reason))
             else:
                 refuse(file, name, reason)
+        if intake.packed and len(good) == before:  # nothing to wait for
+            for member, name, reason in faults:
+                refuse(member, name, reason)
+            _let_go(intake, (), params.watch.unlabelled, refuse)
+        elif intake.packed:
+            packed.append(intake)
+            bad += faults
     if len(good) < minimum and (good or packed):
         return [f"{len(good):,} of {minimum:,} pictures without labels that a measurement takes"]
     for member, name, reason in bad:
@@ -640,8 +668,11 @@ def _once_ready(path: Path) -> Path:
 
 
 def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except PermissionError:  # that is what is wrong with it
+        return ""
 
 
 def _now() -> str:

@@ -8,11 +8,13 @@ import errno
 import html
 import io
 import lzma
+import os
 import re
 import tarfile
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import IO, NamedTuple
@@ -21,7 +23,16 @@ from zipfile import BadZipFile, ZipFile
 from pipelines.cli import GrimaceError
 
 # What the zip reader raises on a member that is damaged, encrypted or packed by another method.
-_UNREADABLE = (BadZipFile, zlib.error, EOFError, OSError, NotImplementedError, RuntimeError)
+# ValueError: a name that is not in the encoding that it is said to be in.
+_UNREADABLE = (
+    BadZipFile,
+    zlib.error,
+    EOFError,
+    OSError,
+    NotImplementedError,
+    RuntimeError,
+    ValueError,
+)
 
 _OTHER_KINDS = {
     b"\x1f\x8b": "a gzip file",
@@ -160,7 +171,7 @@ def unpack(path: Path, folder: Path, most_bytes: int, most_files: int) -> dict[s
             or it holds more than it may. What was written by then is for the caller to remove.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    members = _tar_members(path) if tarfile.is_tarfile(path) else _zip_members(path)
+    members = _tar_members(path) if _is_tar(path) else _zip_members(path)
     wrong: dict[str, str] = {}
     for number, member in enumerate(members, 1):
         inside = PurePosixPath(member.name)
@@ -186,13 +197,21 @@ def unpack(path: Path, folder: Path, most_bytes: int, most_files: int) -> dict[s
             if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise
             wrong[member.name] = f"cannot be unpacked: {_reason(error)}"
-            target.unlink(missing_ok=True)
+            with suppress(OSError):  # a name that is too long cannot be removed either
+                target.unlink()
         if most_bytes < 0:
             raise GrimaceError(
                 f"{path} holds more than it may when unpacked (a zip bomb, or simply large); see "
                 "`watch.archive` in params.yaml"
             )
     return wrong
+
+
+def _is_tar(path: Path) -> bool:
+    try:
+        return tarfile.is_tarfile(path)
+    except (EOFError, OSError, ValueError, zlib.error, lzma.LZMAError):
+        return True  # packed, and cut short before the first member; what opens it says so
 
 
 def _zip_members(path: Path) -> Iterator[Member]:
@@ -209,11 +228,20 @@ def _tar_members(path: Path) -> Iterator[Member]:
         with tarfile.open(path) as packed:
             for info in packed:
                 if not info.isdir():
-                    yield Member(info.name, partial(_open_tarred, packed, info))
-    except (tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError) as error:
+                    yield Member(readable(info.name), partial(_open_tarred, packed, info))
+    except (tarfile.TarError, EOFError, OSError, ValueError, zlib.error, lzma.LZMAError) as error:
         raise GrimaceError(
             f"{path} ends early or is damaged ({type(error).__name__}); get it again"
         ) from None
+
+
+def readable(name: str) -> str:
+    """Return a name as text: bytes that are no UTF-8 are taken for Latin-1."""
+    return name if name.isascii() or not _is_raw(name) else os.fsencode(name).decode("latin-1")
+
+
+def _is_raw(name: str) -> bool:
+    return any("\udc80" <= letter <= "\udcff" for letter in name)
 
 
 def _open_tarred(packed: tarfile.TarFile, info: tarfile.TarInfo) -> IO[bytes]:
@@ -277,7 +305,7 @@ def _open_file(path: Path) -> Archive:
 def _open_zip(path: Path, size: int) -> Archive:
     try:
         zipped = ZipFile(path)
-    except (BadZipFile, OSError, NotImplementedError) as error:
+    except (BadZipFile, OSError, NotImplementedError, ValueError) as error:
         # The list of members is a zip's last part, so a file that was cut short has none.
         cut = "not a zip file" in str(error)
         problem = f"ends early, after {size:,} bytes" if cut else "has a damaged list of files"

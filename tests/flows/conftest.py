@@ -151,9 +151,9 @@ def service(
     root = tmp_path_factory.mktemp("service")
     with chdir(root):
         shop = furnish()
-        Repo.init()
         shop.candidate(0.6)
         shop.store().promote(1, "Ada", "the first")
+        Repo.init()
         (root / "made").write_text("--right 0.8 --seed 3")
         (root / "draw.py").write_text(DRAW)
         outs = ["deploy", "reports/verify", "reports/evaluate", "reports/select"]

@@ -24,7 +24,7 @@ from prefect.client.schemas.filters import (
 )
 from prefect.client.schemas.objects import FlowRun
 from prefect.client.schemas.sorting import FlowRunSort
-from prefect.states import State
+from prefect.states import Failed, State
 
 from flows import notify
 from flows.notify import tell_failure
@@ -134,7 +134,12 @@ def test_a_failed_flow_is_told_and_a_dead_webhook_stops_nothing(shop, heard, cap
     def ill_fated() -> None:
         raise ValueError("no luck")
 
+    @flow(on_failure=[tell_failure])
+    def busy() -> State[Any]:
+        return Failed(name="Busy", message="another flow is at work")
+
     assert ill_fated(return_state=True).is_failed()
+    assert busy(return_state=True).name == "Busy"  # which is nobody's failure
     assert heard[-1]["subject"] == "grimace.failed ill-fated"
     assert "no luck" in heard[-1]["text"]
     block = CustomWebhookNotificationBlock.load("grimace")

@@ -28,10 +28,11 @@ from prefect.client.schemas.filters import (
 )
 from prefect.client.schemas.objects import FlowRun
 from prefect.client.schemas.sorting import FlowRunSort
+from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.states import Cancelling
 
 from flows import retrain as module
-from flows.retrain import needed_for, retrain, stage_graph
+from flows.retrain import failure, needed_for, retrain, stage_graph
 from flows.supervise import Outcome
 from pipelines.cli import GrimaceError
 
@@ -354,6 +355,18 @@ def test_new_shards_leave_their_contact_sheet(repository: Callable[[Stages], Non
     assert artifact(last_flow_run(), "grimace-views-emotion") is None
 
 
+def test_a_stage_that_was_killed_is_told_from_one_that_failed() -> None:
+    def why(reason: str, code: int, *lines: str) -> str:
+        return failure("b", Outcome(reason, code, list(lines))).splitlines()[0]
+
+    killed = "stage 'b' failed: killed by SIGKILL, most likely for want of memory"
+    last = "ERROR: failed to reproduce 'b': failed to run: python b.py, exited with"
+    assert why("killed", 9) == killed
+    assert why("failed", 255, "loss 0.3", f"{last} -9") == killed
+    assert why("failed", 255, f"{last} -11") == "stage 'b' failed: killed by SIGSEGV"
+    assert why("failed", 255, "no such file", f"{last} 1") == "stage 'b' failed: no such file"
+
+
 ENDLESS = "setsid sleep 300 & sleep 300 & echo $! $$ > pids; sleep 300"
 
 
@@ -435,6 +448,19 @@ def test_mistakes_are_told_clearly(repository: Callable[[Stages], None], tmp_pat
     Path("dvc.yaml").write_text("stages: [")
     with pytest.raises(GrimaceError, match=r"dvc\.yaml"):
         stage_graph()
+
+
+def test_no_workers_at_all_or_no_server_is_told_at_once(repository, prefect_server: str) -> None:
+    repository({"a": stage("touch a", ["a"])})
+    state = retrain(workers=0, return_state=True)
+    assert state.is_failed() and "greater than or equal to 1" in str(state.message)
+    nobody = {PREFECT_API_URL: "http://127.0.0.1:9/api"}
+    with (
+        temporary_settings(nobody),
+        pytest.raises(GrimaceError, match=r"127\.0\.0\.1:9/api, where no Prefect server answers"),
+        module.prefect_server(),
+    ):
+        pass
 
 
 def test_targets_bring_what_they_need() -> None:

@@ -4,6 +4,7 @@ import signal
 import socket
 import sqlite3
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -148,6 +149,21 @@ def test_runs_whose_worker_was_killed_do_not_hold_the_queue(service) -> None:
         assert client.read_work_queue_by_name(QUEUE, POOL).concurrency_limit == 1
 
 
+def test_a_flow_whose_worker_was_killed_is_ended_too(make_service, tmp_path: Path) -> None:
+    other = make_service(tmp_path)
+    (tmp_path / "runs/service").mkdir(parents=True)
+    left = [sys.executable, "-c", "import time; time.sleep(99)", "prefect.engine"]
+    here = subprocess.Popen(left, cwd=tmp_path)
+    elsewhere = subprocess.Popen(left)
+    code, output, errors = other.up("--stop")
+    assert (code, output.splitlines()[0]) == (0, "All is down."), errors
+    assert here.wait(5) == -signal.SIGTERM and elsewhere.poll() is None
+    elsewhere.kill()
+    elsewhere.wait()
+    _, output, _ = other.up("--stop")
+    assert output.splitlines()[0] == f"Nothing is up in {tmp_path}."
+
+
 def test_a_process_is_told_from_another_with_its_id() -> None:
     one = subprocess.Popen(["sleep", "60"])
     time.sleep(0.05)  # the kernel counts in hundredths of a second
@@ -195,4 +211,4 @@ def test_stopped_in_the_middle_of_a_run_it_leaves_no_process(service) -> None:
             "WHERE deployment.name = 'drift'"
         )
         assert ended.fetchall() == [("CRASHED",)]
-    assert service.up("--stop")[1] == "Nothing is up.\n"
+    assert service.up("--stop")[1] == f"Nothing is up in {service.root}.\n"

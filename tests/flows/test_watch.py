@@ -11,6 +11,7 @@ from typing import Any
 from uuid import UUID
 
 import cv2
+import httpx
 import numpy as np
 import pandas as pd
 import pytest
@@ -28,7 +29,7 @@ from prefect.events.schemas.automations import AutomationCore, EventTrigger, Pos
 from prefect.states import Cancelled, Failed
 
 from flows.lock import alone
-from flows.watch import DRIFT, NEW, Trigger, watch
+from flows.watch import DRIFT, NEW, Trigger, one_of_many, watch
 from pipelines import journal, landing
 from pipelines.datasets import synthetic
 from pipelines.datasets.table import write_examples
@@ -275,6 +276,15 @@ def test_it_follows_until_it_is_stopped(prefect_server: str) -> None:
     process.send_signal(signal.SIGTERM)
     assert process.wait(60) == 128 + signal.SIGTERM
     assert len(events(NEW)) == 2
+
+
+def test_a_server_that_is_away_for_a_while_ends_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def away(*_: object, **__: object) -> None:
+        raise httpx.ConnectError("connection refused")
+
+    monkeypatch.setattr("flows.watch.watch", away)
+    said = "this look came to nothing: ConnectError: connection refused"
+    assert one_of_many("event") == said
 
 
 def test_what_has_landed_waits_for_a_flow_that_is_at_work() -> None:

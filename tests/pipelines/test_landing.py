@@ -1,4 +1,5 @@
 import csv
+import errno
 import hashlib
 import io
 import json
@@ -18,7 +19,7 @@ import yaml
 
 from pipelines import datasets, journal, landing
 from pipelines.cli import GrimaceError
-from pipelines.datasets.archive import open_archive
+from pipelines.datasets.archive import Archive, open_archive
 from pipelines.download import check_sum, find_or_fetch
 from pipelines.params import Params, load_params
 
@@ -164,7 +165,7 @@ def test_later_versions_add_to_what_is_there_and_old_ids_stay() -> None:
     assert first < second and len(second) == 4
     one, two = (version(number) / "batch-0001/happy/1.png" for number in (1, 2))
     assert one.samefile(two)  # takes no room
-    assert not os.access(one, os.W_OK) or os.getuid() == 0
+    assert not one.stat().st_mode & 0o222
     assert sorted(open_archive(version(1)).names()) == [
         "batch-0001/happy/1.png",
         "happy/1.png",
@@ -193,7 +194,7 @@ def test_what_is_still_written_waits_and_so_does_what_belongs_to_it() -> None:
     drop("happy/1.png", picture(1))
     drop("upload/1.png", picture(2))
     settle = load_params().watch.settle
-    assert look(0).waiting == ("2 files have not settled yet",)
+    assert look(0).waiting == ("2 files have not settled yet, or cannot be looked at",)
     time.sleep(0.05)
     turning = time.time()
     time.sleep(0.05)
@@ -316,6 +317,11 @@ def test_bad_archives_are_quarantined_whole() -> None:
         "out.tgz": (outside, "would be written outside"),
         "root.zip": (zipped({"/etc/evil.png": picture(3)}), "would be written outside"),
         "faces.rar": (b"Rar!1234", "a RAR archive"),
+        "stub.tgz": (tarred({"happy/1.png": picture(1)})[:60], "ends early or is damaged"),
+        "name.zip": (
+            zipped({"happy/é.png": picture(1)}).replace("é".encode(), b"\xc3\x28"),
+            "has a damaged list of files",
+        ),
         "empty.zip": (b"", "empty"),
     }
     for name, (content, _) in bad.items():
@@ -344,6 +350,69 @@ def test_an_archive_of_which_a_part_is_damaged_is_kept_beside_what_was_taken() -
     }
     kept = Path("data/quarantine", quarantined()["a.zip"]["file"])
     assert kept.read_bytes() == bytes(content)
+
+
+def test_names_that_are_no_text_or_too_long_hold_nothing_up() -> None:
+    buffer = io.BytesIO()
+    with tarfile.open(None, "w", buffer, format=tarfile.USTAR_FORMAT, encoding="latin-1") as old:
+        info = tarfile.TarInfo("happy/José.png")
+        info.size = len(picture(1))
+        old.addfile(info, io.BytesIO(picture(1)))
+    drop("old.tar", buffer.getvalue())
+    drop("long.tar", tarred({f"happy/{'я' * 140}.png": picture(2), "sad/3.png": picture(3)}))
+    raw = Path(os.fsdecode(b"sad/Ren\xe9.png"))
+    drop(str(raw), picture(4))
+    drop("sad/5.png", picture(5))
+    seen = look()
+    assert (seen.version, seen.added) == (1, 3)
+    assert seen.waiting == ("1 files have not settled yet, or cannot be looked at",)
+    assert landed() == ["sad/René.png"]
+    reasons = {name: row["reason"] for name, row in quarantined().items()}
+    assert reasons.pop("long.tar") == "1 of its members cannot be unpacked"
+    (reason,) = reasons.values()
+    assert reason.startswith("cannot be unpacked: ")
+    assert look()[:2] == (2, 1)
+    record = json.loads(version(2).with_suffix(".json").read_text())
+    assert [row["file"] for row in record["added"]] == ["batch-0002/sad/René.png"]
+    assert "batch-0001/old.tar!/happy/José.png" in record["files"]
+    assert landed() == []
+
+
+def test_a_file_that_may_not_be_moved_away_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    path = drop("happy/1.png", picture(1))
+    unlink = Path.unlink
+
+    def denied(self: Path, missing_ok: bool = False) -> None:
+        if self == path:
+            raise PermissionError(errno.EACCES, "Permission denied", str(self))
+        unlink(self, missing_ok)
+
+    with monkeypatch.context() as patch, pytest.raises(GrimaceError) as caught:
+        patch.setattr(Path, "unlink", denied)
+        look()
+    said = "happy/1.png cannot be moved away (Permission denied): give whoever runs this the right"
+    assert said in str(caught.value)
+    assert look()[:2] == (1, 1)  # the next goes on
+
+
+def test_what_holds_no_picture_without_a_label_waits_for_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    read = Archive.read
+
+    def noting(self: Archive, name: str) -> tuple[bytes, str]:
+        assert not name.endswith("film.mp4"), "read whole, though it is no picture"
+        return read(self, name)
+
+    monkeypatch.setattr(Archive, "read", noting)
+    drop("1.png", picture(1), UNLABELLED)
+    drop("film.mp4", b"a long film", UNLABELLED)
+    drop("none.zip", zipped({"a.txt": b"x", "torn.png": b"x"}), UNLABELLED)
+    drop("some.zip", zipped({"2.png": picture(2), "b.txt": b"x"}), UNLABELLED)
+    assert look().batch == ""
+    assert sorted(quarantined()) == ["film.mp4", "none.zip!/a.txt", "none.zip!/torn.png"]
+    left = sorted(path.name for path in UNLABELLED.rglob("*") if path.is_file())
+    assert left == ["1.png", "some.zip"]
 
 
 def test_pictures_without_labels_wait_until_there_are_enough() -> None:
