@@ -11,9 +11,11 @@ no TensorFlow. Emoji: drawn for Grimace, MIT.
 
 import argparse
 import sys
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import chain, count, repeat
 from pathlib import Path
 from time import monotonic, perf_counter
@@ -69,17 +71,26 @@ class Frame:
 
 @dataclass
 class Tally:
-    """What was done: milliseconds of every frame, and faces in all."""
+    """What was done: frames and faces in all, milliseconds of each of the last ten thousand."""
 
-    milliseconds: list[float] = field(default_factory=list)
+    milliseconds: deque[float] = field(default_factory=partial(deque, maxlen=10_000))
+    frames: int = 0
     faces: int = 0
 
     def __str__(self) -> str:
         if not self.milliseconds:
             return "no picture"
         p50, p95 = np.percentile(self.milliseconds, (50, 95))
-        many = len(self.milliseconds)
-        return f"{many} pictures, {self.faces} faces, {p50:.1f} ms a picture (p95 {p95:.1f} ms)"
+        return (
+            f"{self.frames} pictures, {self.faces} faces, {p50:.1f} ms a picture (p95 {p95:.1f} ms)"
+        )
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is less than 1")
+    return number
 
 
 def main() -> None:
@@ -117,7 +128,7 @@ def _parser() -> argparse.ArgumentParser:
         type=Path,
         help="no window: write a picture, a folder of .png pictures (once through), or an .mp4",
     )
-    parser.add_argument("--frames", type=int, metavar="N", help="end after so many")
+    parser.add_argument("--frames", type=_positive, metavar="N", help="end after so many")
     parser.add_argument(
         "--model",
         nargs="+",
@@ -130,7 +141,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--show", nargs="+", choices=("emoji", "landmarks", "box"), default=["emoji"]
     )
-    parser.add_argument("--threads", type=int, default=1, help="for each model; default 1")
+    parser.add_argument("--threads", type=_positive, default=1, help="for each model; default 1")
     parser.add_argument("--pause", type=float, default=3.0, help="seconds a picture of a folder")
     return parser
 
@@ -206,7 +217,10 @@ def pictures_of(folder: Path, once: bool) -> Iterator[Frame]:
         raise GrimaceError(f"{folder} is not a folder; for one picture use --image")
     bad: set[Path] = set()
     while True:
-        paths = sorted(p for p in folder.iterdir() if p.suffix.lower() in PICTURES)
+        try:
+            paths = sorted(p for p in folder.iterdir() if p.suffix.lower() in PICTURES)
+        except OSError as error:
+            raise GrimaceError(f"{folder} cannot be read: {error.strerror or error}") from None
         read = 0
         for path in paths:
             if path in bad:
@@ -250,6 +264,8 @@ def _captured(capture: cv2.VideoCapture, live: bool) -> Iterator[Frame]:
         if not good:
             if number == 0:
                 raise GrimaceError("no picture came: the video or the camera's signal is damaged")
+            if live:
+                raise GrimaceError("the camera is gone: look at its plug, then start again")
             return
         time = monotonic() - start if live else number / rate
         rgb = _fitted(cv2.cvtColor(bgr, cv2.COLOR_BGR2RGB))
@@ -282,6 +298,7 @@ def swap(
             tally.faces += len(faces)
             faces = tracker()(faces, 0.0) if frame.time is None else follow(faces, frame.time)
             picture = drawn(frame.rgb, faces, labels, options)
+            tally.frames += 1
             tally.milliseconds.append((perf_counter() - start) * 1e3)
             yield Frame(picture, frame.time, frame.name)
             if frame.time is not None or not options.changed:
@@ -340,7 +357,12 @@ def _write(frames: Iterator[Frame], arguments: argparse.Namespace) -> None:
     if arguments.image:
         save(next(frames), out)
     elif arguments.folder:
-        out.mkdir(parents=True, exist_ok=True)
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise GrimaceError(
+                f"{out} cannot be made a folder for the pictures: {error.strerror or error}"
+            ) from None
         taken: set[str] = set()
         for frame in _progress(frames):
             name = free_name(frame.name, taken)
@@ -384,10 +406,13 @@ def save(frame: Frame, out: Path) -> None:
 def write_video(frames: Iterator[Frame], out: Path, rate: float) -> None:
     """Write an .mp4; ended by Ctrl-C it holds what came so far.
 
+    Frames are repeated or left out so that each stands where its time says: what a camera sees is
+    seldom worked on at 30 frames a second.
+
     Raises:
         GrimaceError: the place or the ending is not to be written.
     """
-    writer = None
+    writer, written = None, 0
     try:
         for frame in frames:
             height, width = frame.rgb.shape[:2]
@@ -398,7 +423,11 @@ def write_video(frames: Iterator[Frame], out: Path, rate: float) -> None:
                 writer = cv2.VideoWriter(str(out), codec, rate, size)
                 if not writer.isOpened():
                     raise GrimaceError(f"{out} cannot be written; try a name ending in .mp4")
-            writer.write(cv2.cvtColor(frame.rgb[: size[1], : size[0]], cv2.COLOR_RGB2BGR))
+            bgr = cv2.cvtColor(frame.rgb[: size[1], : size[0]], cv2.COLOR_RGB2BGR)
+            due = written + 1 if frame.time is None else round(frame.time * rate) + 1
+            for _ in range(written, due):
+                writer.write(bgr)
+            written = max(written, due)
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
     finally:

@@ -103,7 +103,14 @@ def _described(file: Path) -> dict[str, Any]:
             f"{manifest} does not exist; a model is used as its manifest says, so keep both in "
             "one folder, as `export` writes them"
         )
-    return {**json.loads(manifest.read_text()), "file": file, "precision": file.stem}
+    try:
+        entry = {**json.loads(manifest.read_text()), "file": file, "precision": file.stem}
+        assert {"task", "input", "output"} <= entry.keys() and "crop" in entry["input"]
+    except (ValueError, TypeError, AssertionError):
+        raise GrimaceError(
+            f"{manifest} is damaged, or no manifest as `export` writes them; export the model again"
+        ) from None
+    return entry
 
 
 def _open(entry: dict[str, Any], threads: int) -> Model:

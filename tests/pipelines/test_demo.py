@@ -310,6 +310,35 @@ def test_a_video(main, tmp_path):
     capture.release()
 
 
+def test_a_recording_of_a_camera_is_as_long_as_it_took(tmp_path):
+    """Worked on at five to twenty frames a second, and for a moment at a hundred."""
+    rgb = np.full((48, 64, 3), 120, np.uint8)
+    times = [0.0, 0.2, 0.25, 0.26, 0.27, 0.5, 0.95]
+    out = tmp_path / "out.mp4"
+    demo.write_video((demo.Frame(rgb, time) for time in times), out, 30.0)
+    capture = cv2.VideoCapture(str(out))
+    assert capture.get(cv2.CAP_PROP_FRAME_COUNT) == round(0.95 * 30) + 1
+    capture.release()
+
+
+def test_a_camera_that_is_gone_is_told():
+    class Camera:
+        left = 3
+
+        def get(self, _: int) -> float:
+            return 30.0
+
+        def read(self) -> tuple[bool, np.ndarray | None]:
+            self.left -= 1
+            return (False, None) if self.left < 0 else (True, np.zeros((4, 4, 3), np.uint8))
+
+    frames = demo._captured(Camera(), live=True)
+    assert len([next(frames) for _ in range(3)]) == 3
+    with pytest.raises(GrimaceError, match="the camera is gone"):
+        next(frames)
+    assert len([*demo._captured(Camera(), live=False)]) == 3
+
+
 def test_a_long_video_takes_no_more_memory(models):
     """A leak of a frame, or of its answers, would be hundreds of megabytes by the end."""
     rgb = np.full((480, 640, 3), 120, np.uint8)
@@ -346,6 +375,23 @@ def test_an_out_that_cannot_be_written_is_said(main, tmp_path):
         main("--image", SAMPLE, "--out", tmp_path / "no" / "out.png")
     with pytest.raises(GrimaceError, match="cannot be written"):
         main("--image", SAMPLE, "--out", tmp_path / "out.nothing")
+    (tmp_path / "file").touch()
+    with pytest.raises(GrimaceError, match="cannot be made a folder"):
+        main("--folder", SAMPLE.parent, "--out", tmp_path / "file")
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"input": {}}'])
+def test_a_damaged_manifest_is_said(main, tmp_path, content):
+    (tmp_path / "manifest.json").write_text(content)
+    (tmp_path / "int8.tflite").write_bytes(b"!")
+    with pytest.raises(GrimaceError, match=r"manifest.json is damaged, or no manifest"):
+        main("--image", SAMPLE, "--model", tmp_path / "int8.tflite", "--out", tmp_path / "a.png")
+
+
+def test_no_frames_at_all_is_no_choice(main, tmp_path, capfd):
+    with pytest.raises(SystemExit):
+        main("--image", SAMPLE, "--frames", 0, "--out", tmp_path / "a.png")
+    assert "0 is less than 1" in capfd.readouterr().err
 
 
 def test_without_a_screen_the_demo_says_so(main, monkeypatch):

@@ -98,8 +98,40 @@ def test_the_camera_is_followed(page, camera_face):
     shown = page.inner_text("#face-label").lower()
     assert shown == EMOTIONS[found["label"]]
     assert page.locator("#bars .best .name").inner_text().lower() == shown
+    assert shown_at(page, 200, 200)[3] == 255
+    # The phone is turned: nothing is squeezed into the old shape.
+    width, height = page.evaluate("[stage.width, stage.height]")
+    page.evaluate(
+        """([width, height]) => {
+            for (const [name, value] of [["videoWidth", width], ["videoHeight", height]])
+                Object.defineProperty(HTMLVideoElement.prototype, name, { get: () => value });
+        }""",
+        [height, width],
+    )
+    page.wait_for_function(
+        "([w, h]) => stage.width === w && stage.height === h", arg=[height, width]
+    )
     page.click("#stop")
     expect(page.locator(".welcome h1")).to_be_visible()
+    assert shown_at(page, 200, 200)[3] == 0  # of the face nothing stays
+    assert page.inner_text("#stage-note") == ""
+
+
+def test_a_model_that_does_not_open_is_named_and_the_next_one_is_taken(context, address):
+    page = context.browser.new_page(service_workers="block")  # which has them already
+    page.route("**/models/emotion/tflite/int8.tflite", lambda route: route.abort())
+    page.route("**/models/landmarks/**", lambda route: route.abort())
+    page.goto(address)
+    page.wait_for_selector("body[data-ready]")
+    said = page.inner_text("#status.error")
+    landmarks = page.locator("#landmarks-model option").count() - 1  # but for "off"
+    assert said.count("did not open: ") == 1 + landmarks
+    assert page.input_value("#emotion-model") == "1"
+    assert page.input_value("#landmarks-model") == ""
+    page.click(".welcome [data-do=sample]")
+    page.wait_for_function("document.body.dataset.frames > 0")
+    assert page.evaluate("grimace.faces().length") == 6
+    page.close()
 
 
 def test_every_model_can_be_chosen_and_agrees(page):

@@ -36,8 +36,11 @@ async function main() {
     const [index, opened, pictures] = await Promise.all([readIndex(BASE), createAnalyser(BASE), loadEmoji(BASE, LABELS)]);
     analyser = opened;
     emoji = pictures;
-    for (const task of ["emotion", "landmarks"]) await offer(task, index.filter((entry) => entry.task === task));
-    say("");
+    const failures = [];
+    for (const task of ["emotion", "landmarks"]) {
+      failures.push(...(await offer(task, index.filter((entry) => entry.task === task))));
+    }
+    say(failures.join(" "), true);
     document.body.dataset.ready = "true";
     refresh();
     keepOffline(index);
@@ -46,12 +49,12 @@ async function main() {
   }
 }
 
-/** Fill a task's list of models and open the first that opens. */
+/** Fill a task's list of models and open the first that opens; say which before it did not. */
 async function offer(task, entries) {
   const select = $(`${task}-model`);
   entries.forEach((entry, i) => select.add(new Option(`${nameOf(entry)} · ${kilobytes(entry.bytes)}`, i)));
   select.add(new Option("off", ""));
-  let current = entries.length ? "0" : "";
+  let current = "";
   const choose = async (value) => {
     if (value === "") analyser.drop(task);
     else {
@@ -74,8 +77,18 @@ async function offer(task, entries) {
     }
     select.disabled = false;
   };
-  select.value = current;
-  await choose(current);
+  const failures = [];
+  for (const place of entries.keys()) {
+    try {
+      await choose(String(place));
+      break;
+    } catch (error) {
+      console.error(error);
+      failures.push(`${nameOf(entries[place])} did not open: ${error.message ?? error}`);
+    }
+  }
+  select.value = current; // "off" where none opens
+  return failures;
 }
 
 function kilobytes(bytes) {
@@ -102,7 +115,7 @@ async function start(open) {
   tracker.reset();
   last = { tracks: [], time: 0 };
   rate = 0;
-  for (const target of [canvas, frame.canvas]) Object.assign(target, { width: source.width, height: source.height });
+  resize();
   document.body.dataset.source = source.kind;
   say(source.note);
   if (source.still) refresh();
@@ -113,8 +126,17 @@ async function start(open) {
   }
 }
 
+function resize() {
+  for (const target of [canvas, frame.canvas]) Object.assign(target, { width: source.width, height: source.height });
+}
+
 function stop(why = "") {
-  source?.stop();
+  if (source) {
+    source.stop();
+    // The last frame is not to stay behind what comes next.
+    for (const { canvas: drawn } of [context, frame, $("self").getContext("2d")]) Object.assign(drawn, { width: drawn.width });
+    $("stage-note").textContent = "";
+  }
   source = null;
   generation += 1;
   asked += 1;
@@ -134,6 +156,10 @@ function refresh() {
 
 async function tick(time, current) {
   if (current !== generation) return;
+  if (source.resized?.()) {
+    resize();
+    tracker.reset();
+  }
   await step(time, current);
   if (current === generation) source.next((next) => tick(next, current));
 }

@@ -135,6 +135,13 @@ function sourceOf(video, kind, longest) {
     still: false,
     mirrored: false,
     ...fitted(video.videoWidth, video.videoHeight, longest),
+    /** Take over another size, as a phone's camera has it when the phone is turned. */
+    resized() {
+      const size = fitted(video.videoWidth, video.videoHeight, longest);
+      const changed = size.width !== this.width || size.height !== this.height;
+      Object.assign(this, size);
+      return changed;
+    },
     draw: (target, w, h) => target.drawImage(video, 0, 0, w, h),
     next(callback) {
       const tell = (now) => callback(now / 1000);
