@@ -268,8 +268,9 @@ def read_champion(store: registry.Registry, faces: Faces, task: Task) -> Champio
         if "answers" in blessing:
             outputs = read_answers(answers, faces, digest, digest_of(faces))
         if outputs is None:
-            margin = yaml.safe_load((folder / lineage.FOLDER / "params.yaml").read_text())["tasks"]
-            own = task.model_copy(update={"margin": margin[store.task]["margin"]})
+            # Not by `load_params`: it may be of an earlier schema.
+            then = yaml.safe_load((folder / lineage.FOLDER / "params.yaml").read_text())
+            own = task.model_copy(update={"margin": then["tasks"][store.task]["margin"]})
             outputs = ask_anew(model, faces, task, own, store.task)
         elif digest_of_answers(outputs) != blessing["answers"]:
             raise GrimaceError(

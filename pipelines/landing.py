@@ -33,6 +33,7 @@ import json
 import os
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
 from shutil import copyfile, rmtree
@@ -201,7 +202,8 @@ def settled(
             continue
         if readable(path.name) != path.name:
             if now - stat.st_ctime >= seconds:
-                _rename(path)
+                with suppress(PermissionError):  # it is counted, and the others go on
+                    _rename(path)
             denied += 1
             continue
         if path.is_file() or path.is_symlink():

@@ -385,9 +385,8 @@ class Registry:
                     f"({', '.join(map(str, sorted(former))) or 'nobody'} was); promote it instead"
                 )
             blessing = self.blessing(to)
-            self._refuse_unblessed(
-                to, blessing
-            )  # one whose promotion never came may be judged anew
+            # One whose promotion was begun and never came may have been judged anew.
+            self._refuse_unblessed(to, blessing)
             self.check_bytes(to, blessing)
             event = Event("rollback", champion, to, who, _now(), why, [])
             self._move(event)

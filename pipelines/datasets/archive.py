@@ -237,11 +237,11 @@ def _tar_members(path: Path) -> Iterator[Member]:
 
 def readable(name: str) -> str:
     """Return a name as text: bytes that are no UTF-8 are taken for Latin-1."""
-    return name if name.isascii() or not _is_raw(name) else os.fsencode(name).decode("latin-1")
-
-
-def _is_raw(name: str) -> bool:
-    return any("\udc80" <= letter <= "\udcff" for letter in name)
+    try:
+        name.encode()
+    except UnicodeEncodeError:  # the system's way to keep such bytes in a str
+        return os.fsencode(name).decode("latin-1")
+    return name
 
 
 def _open_tarred(packed: tarfile.TarFile, info: tarfile.TarInfo) -> IO[bytes]:

@@ -24,6 +24,7 @@ from prefect.client.schemas.filters import (
 )
 from prefect.client.schemas.objects import FlowRun
 from prefect.client.schemas.sorting import FlowRunSort
+from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.states import Failed, State
 
 from flows import notify
@@ -31,6 +32,7 @@ from flows.notify import tell_failure
 from flows.promote import main, promote, rollback, show
 from flows.retrain import Decision, StageRun, decide, retrain, stage_graph, verdict
 from pipelines import registry
+from pipelines.cli import GrimaceError
 from pipelines.params import load_params
 
 ROOT = Path(__file__).parents[2]
@@ -149,6 +151,15 @@ def test_a_failed_flow_is_told_and_a_dead_webhook_stops_nothing(shop, heard, cap
     assert promote("emotion", why="all the same", return_state=True).is_completed()
     assert "nobody could be notified" in caplog.text
     assert "promoted emotion: grimace-emotion: champion is version 1" in caplog.text
+
+
+def test_a_webhook_without_a_server_is_saved_nowhere(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["notify", "--webhook", "http://127.0.0.1:9/hook"])
+    with (
+        temporary_settings(restore_defaults={PREFECT_API_URL}),
+        pytest.raises(GrimaceError, match="PREFECT_API_URL is not set"),
+    ):
+        notify.main()
 
 
 def command(*arguments: str, **env: str) -> subprocess.CompletedProcess[str]:

@@ -274,7 +274,7 @@ function showSpeed(faces) {
 function say(text, isError = false) {
   const status = $("status");
   status.textContent = text;
-  status.classList.toggle("error", isError);
+  status.classList.toggle("error", isError && text !== "");
   status.hidden = !text;
 }
 
