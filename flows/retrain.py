@@ -141,7 +141,7 @@ def prefect_server() -> Iterator[None]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     url = f"http://127.0.0.1:{port}/api"
-    command = [sys.executable, "-m", "prefect", "server", "start", "--no-ui"]
+    command = [sys.executable, "-m", "flows.server", "--no-ui"]
     said: deque[str] = deque(maxlen=SHOWN_LINES)
     with Lifeline() as lifeline:
         server = threading.Thread(

@@ -181,7 +181,7 @@ def launch(name: str, parts: Mapping[str, Part], port: int = 0) -> Part:
     url = f"http://127.0.0.1:{port}" if port else ""
     listen = ["--host", "127.0.0.1", "--port", str(port)]
     command = {
-        "prefect": ["prefect", "server", "start", *listen],
+        "prefect": ["flows.server", *listen],
         "mlflow": ["mlflow", "server", "--workers", "1", *listen],
         "worker": ["prefect", "worker", "start", "--pool", POOL, "--name", socket.gethostname()],
     }[name]
