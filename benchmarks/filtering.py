@@ -38,6 +38,7 @@ from tqdm import tqdm
 
 from pipelines.cli import GrimaceError, run, whole_folder
 from pipelines.params import Evaluate, TaskName, TrainJob, load_params
+from pipelines.shards import version_of
 
 if TYPE_CHECKING:
     from pipelines.heldout import Faces
@@ -287,6 +288,9 @@ def train(arm: str, job: dict[str, Any], work: Path) -> None:
     rmtree(folder / "checkpoint")
 
 
+_version_of = cache(version_of)
+
+
 def resolve(
     arm: str, seed: int, settings: TrainJob, steps: int | None, work: Path
 ) -> dict[str, Any]:
@@ -295,7 +299,7 @@ def resolve(
     steps = steps or settings.epochs * _steps_per_epoch("unfiltered", settings.batch, work)
     fields = settings.model_dump(mode="json", exclude={"by_dataset"})
     fields["epochs"] = max(1, round(steps / _steps_per_epoch(arm, settings.batch, work)))
-    return {**fields, "seed": seed, "data_version": _data_version(work / arm / "shards")}
+    return {**fields, "seed": seed, "data_version": _version_of(work / arm / "shards")}
 
 
 def _steps_per_epoch(arm: str, batch: int, work: Path) -> int:
@@ -305,15 +309,6 @@ def _steps_per_epoch(arm: str, batch: int, work: Path) -> int:
 def _training_images(arm: str, work: Path) -> int:
     meta = json.loads((work / arm / "shards/meta.json").read_text())
     return int(meta["counts"]["train"])
-
-
-@cache
-def _data_version(shards: Path) -> str:
-    digest = hashlib.sha256()
-    for path in sorted([*shards.glob("train/*.npy"), *shards.glob("val/*.npy")]):
-        with path.open("rb") as file:
-            digest.update(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}".encode())
-    return digest.hexdigest()
 
 
 @cache

@@ -276,7 +276,7 @@ def step_seconds(
     from pipelines.job import read_job
     from pipelines.schedules import optimizer_of, phase_at
 
-    job: Job = read_job(resolved)
+    job: Job = read_job(resolved)  # whose precision is left at float32, for CPUs
     model = build(job, {"size": SIZE, "channels": CHANNELS})
     optimizer = optimizer_of(job, phase_at(job, 0), steps=1000)
     model.compile(optimizer, losses.emotion_loss(job.loss, job.label_smoothing))
@@ -373,7 +373,8 @@ def page(results: dict[str, Any]) -> str:
     how = (__doc__ or "").split("\n\n", 2)[2]
     return (
         f"# Scaling over machines\n\nWritten by\n\n```\n{results['command']}\n```\n\n"
-        f"on {results['date']}, for the job {results['job']}, images of {SIZE} × {SIZE}.\n\n{how}\n"
+        f"on {results['date']}, for the job {results['job']} in float32, images of {SIZE} × {SIZE}."
+        f"\n\n{how}\n"
         "## Measured: one worker, one core, ms a step\n\n"
         f"c0 = {1e3 * costs.step:.1f} ms, c1 = {1e3 * costs.image:.2f} ms an image.\n\n"
         + markdown(steps, ("images", "measured", "c0 + c1 · images"))

@@ -133,6 +133,7 @@ def _job(name: str, seed: int, task: TaskName, params: Params, work: Path) -> Jo
             was not trained.
     """
     from pipelines import tracking
+    from pipelines.shards import version_of
 
     jobs = known_jobs()
     if name not in jobs or jobs[name].task != task:
@@ -145,16 +146,18 @@ def _job(name: str, seed: int, task: TaskName, params: Params, work: Path) -> Jo
             f"{shards} holds {made.get('dataset', 'nothing')}, and tasks.{task}.dataset is "
             f"{dataset}: prepare real faces by the first command of `--help`"
         )
-    job = jobs[name].resolved(dataset, tracking.data_version(shards))
-    taught_by = [
-        work / f"{teacher}-{seed}" / "model.keras"
-        for teacher, seeds in _teachers().get(name, {}).items()
-        for seed in seeds
-    ]
-    if untrained := [path.parent.name for path in taught_by if not path.exists()]:
+    job = jobs[name].resolved(dataset, version_of(shards))
+    taught_by, untrained = [], []
+    for teacher, seeds in _teachers().get(name, {}).items():
+        for number in seeds:
+            folder = work / f"{teacher}-{number}"
+            taught_by.append(folder / "model.keras")
+            if not _is_trained(folder, _job(teacher, number, task, params, work)):
+                untrained.append(folder.name)
+    if untrained:
         raise GrimaceError(
-            f"{name} has teachers that are not trained yet: {', '.join(untrained)}; name their "
-            "jobs under --jobs first, with these seeds"
+            f"{name} has teachers that are not trained yet, or not so: {', '.join(untrained)}; "
+            "name their jobs under --jobs first, with these seeds"
         )
     teachers = tuple(Teacher(str(path), tracking.sha256(path)) for path in taught_by)
     return replace(job, seed=seed, teachers=teachers)
@@ -168,13 +171,17 @@ def _is_done(key: tuple[str, int], job: Job, out: Path) -> bool:
         return False
 
 
+def _is_trained(folder: Path, job: Job) -> bool:
+    return (folder / "model.keras").exists() and read_job(folder / "job.json") == job
+
+
 def train(job: Job, folder: Path, threads: int) -> None:
     """Fit a job into a folder, unless it holds the result already.
 
     Raises:
         GrimaceError: the fitting failed.
     """
-    if (folder / "model.keras").exists() and read_job(folder / "job.json") == job:
+    if _is_trained(folder, job):
         return
     folder.mkdir(parents=True, exist_ok=True)
     _note_attempt(job, folder, threads)

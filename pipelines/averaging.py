@@ -41,7 +41,7 @@ def five_crops(image: np.ndarray, box: Box, size: int) -> tuple[np.ndarray, np.n
     """
     height, width = image.shape[:2]
     whole = (
-        min(box.left, box.top) <= -0.5 and box.right >= width - 0.5 and box.bottom >= height - 0.5
+        max(box.left, box.top) <= -0.5 and box.right >= width - 0.5 and box.bottom >= height - 0.5
     )
     side = SHARE if whole else 1.0
     around = side / SHARE  # the wider square's side

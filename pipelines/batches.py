@@ -20,7 +20,8 @@ class Batches(keras.utils.PyDataset):
     landmarks and mask float32 (B, N, 3); a third item, float32 (B,), weighs the loss of each
     where they do not all weigh 1. Metrics stay unweighted. Where there are teachers, their answers
     stand behind the labels, along the last axis. What is mixed into an image is mixed into all
-    that belongs to it, with the same share.
+    that belongs to it, with the same share; labels and answers also in proportion to how much
+    their images weigh, so that each counts as much as it does alone, times its share.
 
     Args:
         view: images and labels.
@@ -69,7 +70,10 @@ class Batches(keras.utils.PyDataset):
             erase(images, self.job.erase, rng)
             if self.job.mixup or self.job.cutmix:
                 images, partner, share = mix(images, self.job.mixup, self.job.cutmix, rng)
-                labels, weights = (blend(part, partner, share) for part in (labels, weights))
+                counted = labels * weights[:, None] if self.weighted else labels
+                labels, weights = (blend(part, partner, share) for part in (counted, weights))
+                if self.weighted:
+                    labels /= np.where(weights > 0, weights, 1)[:, None]
             # Only now, because anyone's partner can be in anyone's part.
             images, labels, weights = images[own], labels[own], weights[own]
         return (images, labels, weights) if self.weighted else (images, labels)

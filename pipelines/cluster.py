@@ -2,13 +2,15 @@
 
 A worker is a process with devices of its own. `jax.distributed` joins them all, and each runs
 `pipelines.fit` on its part of every batch. When one dies, Ray ends the others, which would wait for
-it, and starts the group again, which goes on from the last checkpoint. Shards, checkpoint and
-result lie on a disk that all machines share under the same path.
+it, and starts the group again, which goes on from the last checkpoint. The repository, shards,
+checkpoint and result lie on a disk that all machines share under the same path.
 """
 
+import os
 import re
 import socket
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,8 @@ from pipelines.fanout import ray_cluster
 from pipelines.job import Job, job_of, plain
 
 POLL = 1.0  # seconds between looks at the checkpoint
+WAITING = 30.0  # seconds without workers, after which it is said what they wait for
+GIVE_UP = 10  # starts in vain, for want of machines; Ray waits a minute for each
 STARTS = "starts.txt"  # in it: a line for each start of the workers
 
 
@@ -53,6 +57,7 @@ def fit_on_cluster(
     paths = {"shards": shards, "out": out, "checkpoint": checkpoint}
     order = {
         "job": plain(job),
+        "root": str(Path.cwd()),  # from which the job names teachers and weights
         "paths": {name: str(path.absolute()) for name, path in paths.items()},
         "workers": workers,
         "devices": devices,
@@ -61,7 +66,7 @@ def fit_on_cluster(
     checkpoint.mkdir(parents=True, exist_ok=True)
     starts = checkpoint / STARTS
     starts.unlink(missing_ok=True)
-    seen, epochs = 0, 0
+    seen, epochs, told_at = 0, 0, time.monotonic()
     with ray_cluster(address):
         import ray
 
@@ -75,6 +80,10 @@ def fit_on_cluster(
             for line in lines[seen:]:
                 print(line, flush=True)
             seen = len(lines)
+            if not seen and time.monotonic() - told_at > WAITING:
+                told_at = time.monotonic()
+                there = _amounts(ray.cluster_resources())
+                print(f"waiting for {workers} workers; the cluster has {there}", flush=True)
             for row in saved_history(job, checkpoint)[epochs:]:
                 print(told(job, epochs, row), flush=True)
                 on_epoch(epochs, row)
@@ -84,10 +93,10 @@ def fit_on_cluster(
         except ray.exceptions.RayError as error:
             reason = _reason(str(error))
             raise GrimaceError(
-                f"training {job.name} on the Ray cluster at {address} failed {restarts + 1} times, "
-                f"which is all that train.restarts allows; the last time: {reason}. Logs of its "
-                "workers are in /tmp/ray/session_latest/logs on their machines. The state after "
-                f"epoch {epochs} is kept in {checkpoint}; the same command goes on from it."
+                f"training {job.name} on the Ray cluster at {address} failed after {seen} starts "
+                f"of its workers (train.restarts is {restarts}); the last time: {reason}. Logs of "
+                "its workers are in /tmp/ray/session_latest/logs on their machines. The state "
+                f"after epoch {epochs} is kept in {checkpoint}; the same command goes on from it."
             ) from None
     if refused:
         raise GrimaceError(refused)
@@ -104,7 +113,9 @@ def _supervise(order: dict[str, Any]) -> str | None:
     variables = {"KERAS_BACKEND": "jax", "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo"}
     settings: Any = RunConfig(
         storage_path=order["paths"]["checkpoint"] + "/ray",
-        failure_config=FailureConfig(max_failures=order["restarts"]),
+        failure_config=FailureConfig(
+            max_failures=order["restarts"], controller_failure_limit=GIVE_UP
+        ),
         worker_runtime_env={"env_vars": variables | ({} if gpus else {"JAX_PLATFORMS": "cpu"})},
     )
     # Not Ray's JaxTrainer: on CPUs it does not join the workers, each of which would then train
@@ -135,15 +146,16 @@ def _work(order: dict[str, Any]) -> str | None:
     from ray.train import get_context
     from ray.train.collective import broadcast_from_rank_zero
 
-    from pipelines.fit import OutOfMemory, fit
+    from pipelines.fit import OutOfMemoryError, fit
 
-    job = job_of(order["job"])
+    job, root = job_of(order["job"]), Path(order["root"])
     shards, out, checkpoint = (Path(order["paths"][n]) for n in ("shards", "out", "checkpoint"))
-    if not (shards / "meta.json").exists() or not out.exists():
+    if not all(path.exists() for path in (root, shards / "meta.json", out)):
         raise FileNotFoundError(
-            f"{shards} or {out} is not there on {socket.gethostname()}: all machines of the "
-            "cluster must share the disk that they are on, under the same path"
+            f"{root}, {shards} or {out} is not there on {socket.gethostname()}: all machines of "
+            "the cluster must share the disk that they are on, under the same path"
         )
+    os.chdir(root)  # Ray starts workers in folders of its own
     rank, workers = get_context().get_world_rank(), get_context().get_world_size()
     address = broadcast_from_rank_zero(_free_address() if rank == 0 else None)
     # Where TensorFlow is installed, Keras would load it here, which takes long, just to seed it.
@@ -159,7 +171,7 @@ def _work(order: dict[str, Any]) -> str | None:
             file.write(f"{workers} workers, the first on {address}, begin after epoch {done}\n")
     try:
         fit(job, shards, out, checkpoint, devices=0)
-    except OutOfMemory:
+    except OutOfMemoryError:
         raise
     except GrimaceError as error:
         return str(error)
@@ -171,6 +183,10 @@ def _reason(error: str) -> str:
     """Return the line of an error's text, tracebacks and all, that names the last exception."""
     lines = error.strip().splitlines()
     return ([line for line in lines if re.match(r"[\w.]*(Error|Exception):", line)] or lines)[-1]
+
+
+def _amounts(resources: dict[str, float]) -> str:
+    return ", ".join(f"{resources.get(kind, 0):g} {kind}" for kind in ("CPU", "GPU"))
 
 
 def _free_address() -> str:

@@ -1,7 +1,7 @@
 """The fit loop: one job file plus one folder of shards in, one trained model out.
 
-Keras and NumPy are all it needs, so the same job runs under any Keras backend and on a machine
-without TensorFlow:
+Keras and NumPy are all it needs, so the same job runs under TensorFlow or JAX, and on a machine
+that has only one of them:
 
     KERAS_BACKEND=jax python -m pipelines.fit --job job.json --shards DIR --out DIR
 
@@ -49,7 +49,7 @@ from pipelines.schedules import (
     phase_at,
     plateau_rate,
 )
-from pipelines.shards import View, read_meta, read_view
+from pipelines.shards import View, read_meta, read_view, version_of
 
 TASKS = {"emotion": emotion, "landmarks": landmarks}
 STATISTICS = 2048  # images from which the statistics of averaged weights are taken
@@ -58,7 +58,7 @@ TIMED_STEPS, TIMED_ROUNDS = 10, 3
 OnEpoch = Callable[[int, dict[str, float]], None]
 
 
-class OutOfMemory(GrimaceError):
+class OutOfMemoryError(GrimaceError):
     """Memory has run out, perhaps on one of several machines alone."""
 
 
@@ -118,13 +118,14 @@ def fit(
         The model written.
 
     Raises:
-        OutOfMemory: memory has run out.
-        GrimaceError: the loss is no longer a number, the job does not fit the shards or devices or
-            names a network or file that is not there. The last good checkpoint is kept, and a job
-            that is changed as the message says goes on from it.
+        OutOfMemoryError: memory has run out.
+        GrimaceError: the loss is no longer a number, the job does not fit the devices, is for other
+            shards or names a network or file that is not there. The last good checkpoint is kept,
+            and a job that is changed as the message says goes on from it.
     """
     begun = time.perf_counter()
     _check_network(job)
+    _check_shards(job, shards)
     meta, replicas = read_meta(shards), replicas_of(devices, job.batch)
     with _explained(job, checkpoint):
         answers = teacher_answers(job, shards, checkpoint / "teachers")
@@ -223,6 +224,16 @@ def _check_network(job: Job) -> None:
     if job.network not in networks:
         known = ", ".join(networks)
         raise GrimaceError(f"{job.name}: no network {job.network!r} for {job.task}; {known}")
+
+
+def _check_shards(job: Job, shards: Path) -> None:
+    if (task := read_meta(shards)["task"]) != job.task:
+        raise GrimaceError(f"{job.name}: {shards} holds shards for {task}")
+    if job.data_version and (found := version_of(shards)) != job.data_version:
+        raise GrimaceError(
+            f"{job.name}: {shards} holds other shards ({found[:12]}) than the job was written for "
+            f"({job.data_version[:12]}); bring those here, or write the job again where these are"
+        )
 
 
 def _batches_of(
@@ -436,7 +447,8 @@ def _write_result(
     replicas: Replicas,
 ) -> None:
     out.mkdir(parents=True, exist_ok=True)
-    model.save(out / "model.keras")
+    (out / "model.keras").unlink(missing_ok=True)
+    model.save(out / "partial.keras")
     names = dict.fromkeys(name for row in history for name in row)
     with (out / "history.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, ["epoch", *names])
@@ -445,17 +457,20 @@ def _write_result(
     write_job(job, out / "job.json")
     changed = {"changed": "; ".join(changes)} if (changes := changes_of(checkpoint)) else {}
     (out / "machine.json").write_text(json.dumps(machine(replicas) | changed, indent=2) + "\n")
+    (out / "partial.keras").rename(out / "model.keras")  # last: where it is, all is
 
 
 def machine(replicas: Replicas = ALONE) -> dict[str, str]:
     """Say on what a training ran; the devices are all that this process sees."""
-    devices = keras.distribution.list_devices()
-    if keras.backend.backend() == "jax":
+    backend, devices = keras.backend.backend(), ["unknown"]
+    if backend == "tensorflow":
+        devices = keras.distribution.list_devices()
+    elif backend == "jax":
         import jax
 
         devices = [device.device_kind for device in jax.local_devices()]
     return {
-        "backend": keras.backend.backend(),
+        "backend": backend,
         "devices": ", ".join(devices),
         "keras": keras.__version__,
         "python": platform.python_version(),
@@ -473,7 +488,7 @@ def _explained(job: Job, checkpoint: Path) -> Iterator[None]:
         named = isinstance(error, MemoryError) or type(error).__name__ == "ResourceExhaustedError"
         if not named and "RESOURCE_EXHAUSTED" not in str(error):  # JAX only says so
             raise
-        raise OutOfMemory(
+        raise OutOfMemoryError(
             f"training {job.name}: out of memory. Make batch smaller (now {job.batch}), use "
             f"precision mixed_bfloat16 (now {job.precision}), or leave more memory free; a smaller "
             f"network needs less, but begins anew. {break_down(checkpoint)}"

@@ -56,7 +56,8 @@ class Job:
             none is given.
         weights_sha256: that the file `weights` must have; None where it is no file, or any will do.
         epochs: passes over the training images, each over another augmented view.
-        data_version: identifies the shards, so that a checkpoint of other data is not resumed.
+        data_version: what `pipelines.shards.version_of` says of the shards that are meant; others
+            are refused, and a checkpoint of others is not resumed. Empty: any will do.
 
     Raises:
         ValueError: fields that contradict each other.

@@ -8,16 +8,20 @@
     {train,val}/landmarks-VV.npy  (n, N, 2)      float32, crop coordinates, task landmarks
     {train,val}/visible-VV.npy    (n, N)         bool, task landmarks
 
-`val` has the single view 00, never augmented. NumPy is all this module imports, so that it also
+`val` has the single view 00, never augmented. NumPy is all this module needs, so that it also
 serves a training machine that has only JAX and Keras.
 """
 
+import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from pipelines.cli import GrimaceError
+from pipelines.job import sha256
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,8 +46,25 @@ class View:
 
 
 def read_meta(folder: Path) -> dict[str, Any]:
-    """Return the folder's meta.json."""
-    return json.loads((folder / "meta.json").read_text())
+    """Return the folder's meta.json.
+
+    Raises:
+        GrimaceError: there is none.
+    """
+    try:
+        meta: dict[str, Any] = json.loads((folder / "meta.json").read_text())
+    except FileNotFoundError:
+        raise GrimaceError(f"{folder} holds no shards; run `uv run dvc repro augment`") from None
+    return meta
+
+
+def version_of(folder: Path) -> str:
+    """Return the SHA-256, in hex, of the names and bytes of all that a folder of shards holds."""
+    files = [folder / "meta.json", *folder.glob("train/*.npy"), *folder.glob("val/*.npy")]
+    digest = hashlib.sha256()
+    for path in sorted(files):
+        digest.update(f"{path.relative_to(folder).as_posix()} {sha256(path)}\n".encode())
+    return digest.hexdigest()
 
 
 def read_view(folder: Path, side: str, view: int = 0) -> View:

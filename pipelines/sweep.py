@@ -35,7 +35,7 @@ from pipelines.params import (
     number_type,
     varied,
 )
-from pipelines.shards import read_meta
+from pipelines.shards import read_meta, version_of
 
 if TYPE_CHECKING:
     import mlflow
@@ -126,15 +126,13 @@ def make_plan(job: str, params: Params) -> Plan:
         )
     settings = params.train.jobs[job]
     shards = Path("data/augment", settings.task)
-    if not (shards / "meta.json").exists():
-        raise GrimaceError(f"{shards} holds no shards; run `uv run dvc repro augment`")
+    meta = read_meta(shards)
     decides = params.select.named(settings.task)
     if decides.metric not in BY_EPOCH:
         raise GrimaceError(
             f"select.{settings.task}.metric of params.yaml: {decides.metric!r} is not measured "
             f"after every epoch, so it cannot lead a search; {' and '.join(BY_EPOCH)} are"
         )
-    meta = read_meta(shards)
     own, overridden = settings.at(meta["dataset"]), settings.by_dataset.get(meta["dataset"], {})
     epochs = max(1, round(own.epochs * params.sweep.epochs))
     trained = with_job(params, job, {**overridden, "epochs": epochs, "by_dataset": {}})
@@ -142,7 +140,7 @@ def make_plan(job: str, params: Params) -> Plan:
     kept = trained.train.jobs[job].model_dump(mode="json", exclude=set(ranges))
     sweep = params.sweep.model_dump(mode="json", exclude={"jobs"})
     tried = {field: tried.model_dump(mode="json") for field, tried in ranges.items()}
-    version = tracking.data_version(shards)
+    version = version_of(shards)
     digest = _digest([kept, sweep, tried, decides.model_dump(), meta, version])
     return Plan(
         job=job,
@@ -192,18 +190,23 @@ def next_trial(plan: Plan, study: optuna.Study) -> int:
 
     The first is the job as it is, where that is within the ranges. What a trial draws follows
     from the seed, its number and the trials done, so an interrupted search goes on as it would
-    have; a sampler seeded once would start its draws over.
+    have; a sampler seeded once would start its draws over. (Killed in the very moment of a draw,
+    half a trial is there: `sampler_of` draws the other half, and not as it would have been.)
     """
     if not study.trials and (own := own_values(plan)) is not None:
         study.enqueue_trial(own, user_attrs={"own": True})
-    asked = len(asked_trials(study))
-    study.sampler = TPESampler(
-        n_startup_trials=plan.params.sweep.startup,
-        seed=int(_digest([plan.params.sweep.seed, asked]), 16),
-    )
+    study.sampler = sampler_of(plan, len(asked_trials(study)))
     trial = study.ask()
     suggest(trial, plan.ranges)
     return trial.number
+
+
+def sampler_of(plan: Plan, number: int) -> TPESampler:
+    """Return what draws the values of a trial."""
+    return TPESampler(
+        n_startup_trials=plan.params.sweep.startup,
+        seed=int(_digest([plan.params.sweep.seed, number]), 16),
+    )
 
 
 def trial_of(study: optuna.Study, number: int) -> Trial:

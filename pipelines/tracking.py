@@ -133,6 +133,8 @@ class Journal:
         from mlflow.exceptions import MlflowException
         from requests import RequestException
 
+        if not self.pending:
+            return True  # and the run, which may have ended, is left alone
         try:
             if not self.opened:
                 self.open()

@@ -28,7 +28,7 @@ from pipelines.checkpoint import saved
 from pipelines.cli import GrimaceError, run, whole_folder
 from pipelines.job import Job, plain, read_job, write_job
 from pipelines.params import Params, load_params
-from pipelines.shards import read_meta, read_view
+from pipelines.shards import read_meta, read_view, version_of
 
 CHECKPOINTS = Path("checkpoints")
 UNDELIVERED = CHECKPOINTS / "undelivered"  # what MLflow has still to be told of, a folder a run
@@ -59,8 +59,6 @@ def main() -> None:
         raise GrimaceError(f"train.jobs has no {args.job!r}; --job can be {names}")
     settings = params.train.jobs[args.job]
     shards = args.shards or Path("data/augment", settings.task)
-    if not (shards / "meta.json").exists():
-        raise GrimaceError(f"{shards} holds no shards; run `uv run dvc repro augment`")
     out = args.out or Path("runs", settings.task, settings.model)
     if args.write_job:
         write_job(job := resolve(args.job, params, shards), args.write_job)
@@ -96,11 +94,18 @@ def _take_over(job: Job, folder: Path) -> None:
     """
     if folder.exists():
         return
-    for other in sorted(CHECKPOINTS.glob(f"{job.name}-*")):
-        if saved(job, other) and not (other / "result").exists():
+    others = [
+        other
+        for other in sorted(CHECKPOINTS.glob(f"{job.name}-*"))
+        if (other / "state.json").exists() and not (other / "result").exists()
+    ]
+    for other in others:
+        if saved(job, other):
             (other / "journal.json").unlink(missing_ok=True)  # of the other job's run
             other.rename(folder)
             return
+    for other in others:
+        print(f"{other} is not used: it is of the job before it, its shards or the code changed")
 
 
 def _fit(
@@ -139,7 +144,8 @@ def take(name: str, params: Params, shards: Path, out: Path, came: Path) -> None
     job = resolve(name, params, shards)
     _check_taken(job, came)
     folder = CHECKPOINTS / f"{name}-{_digest(job)}-taken"
-    tags = {"grimace.data_version": job.data_version, "grimace.origin": "trained elsewhere"}
+    own = {"grimace.data_version": tracking.data_version(shards)}
+    tags = own | {"grimace.origin": "trained elsewhere"}
     with _run(job, params, shards, folder, tags) as journal:
         with whole_folder(folder / "result") as partial:
             for file in RESULT:
@@ -161,7 +167,7 @@ def deliver(params: Params) -> None:
         fcntl.flock(handle, fcntl.LOCK_EX)  # a training beside this one may be at it
         for file in sorted(UNDELIVERED.glob("*/journal.json")):
             if tracking.Journal(params.tracking, file.parent).deliver():
-                rmtree(file.parent)
+                _remove(file.parent)
     finally:
         os.close(handle)
 
@@ -173,7 +179,7 @@ def resolve(name: str, params: Params, shards: Path) -> Job:
         GrimaceError: the file with the weights it starts from is missing.
     """
     dataset = read_meta(shards)["dataset"]
-    job = params.train.jobs[name].resolved(dataset, tracking.data_version(shards))
+    job = params.train.jobs[name].resolved(dataset, version_of(shards))
     if job.weights in (None, "imagenet"):
         return job
     if not Path(job.weights).is_file():
@@ -228,10 +234,7 @@ def _hand_over(journal: tracking.Journal, shards: Path, out: Path) -> None:
 def _clear(journal: tracking.Journal, out: Path) -> None:
     """Remove a training's folder; keep what of it MLflow has still to be told."""
     if not journal.pending:
-        gone = journal.folder.with_name(f".{journal.folder.name}.gone")
-        rmtree(gone, ignore_errors=True)
-        journal.folder.rename(gone)  # at once: half of it would be resumed after a kill
-        rmtree(gone)
+        _remove(journal.folder)
         return
     UNDELIVERED.mkdir(parents=True, exist_ok=True)
     for path in journal.folder.iterdir():
@@ -243,6 +246,14 @@ def _clear(journal: tracking.Journal, out: Path) -> None:
         "`uv run python -m pipelines.train --deliver`; the next training does so too.",
         file=sys.stderr,
     )
+
+
+def _remove(folder: Path) -> None:
+    """Remove a folder at once: half of it would be gone on with after a kill."""
+    gone = folder.with_name(f".{folder.name}.gone")
+    rmtree(gone, ignore_errors=True)
+    folder.rename(gone)
+    rmtree(gone)
 
 
 def _check_taken(job: Job, came: Path) -> None:

@@ -10,7 +10,7 @@ import optuna
 from optuna.trial import TrialState
 
 from pipelines.cli import run
-from pipelines.sweep import Plan, open_study, suggest, trial_of, with_job
+from pipelines.sweep import Plan, open_study, sampler_of, suggest, trial_of, with_job
 
 
 def main() -> None:
@@ -29,6 +29,7 @@ def train_trial(plan: Plan, number: int) -> None:
     trial = trial_of(study, number)
     if study.trials[number].state != TrialState.RUNNING:
         return
+    study.sampler = sampler_of(plan, number)
     values = suggest(trial, plan.ranges)
     print(", ".join(f"{field} {value}" for field, value in values.items()), flush=True)
     from pipelines.fit import fit

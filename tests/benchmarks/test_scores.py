@@ -20,7 +20,7 @@ from models.schemes import EMOTIONS
 from pipelines.cli import GrimaceError
 from pipelines.datasets import synthetic
 from pipelines.heldout import Faces
-from pipelines.job import read_job
+from pipelines.job import read_job, write_job
 from pipelines.params import load_params
 
 ROOT = Path(__file__).parents[2]
@@ -188,13 +188,13 @@ def test_a_job_is_trained_once_and_answers_on_the_archives_test_side(
     meta |= {"margin": 0.05, "policy": "V4", "counts": {"train": 24, "val": 8}}
     (shards / "meta.json").write_text(json.dumps(meta | {"classes": EMOTIONS}))
     (tmp_path / "benchmarks").mkdir()
-    listed = {"emotion-taught": job | {"model": "taught", "widths": [4], "epochs": 1, "batch": 8}}
-    listed["emotion-taught"] |= {"network": "residual", "teachers": {"emotion-compact": [1]}}
-    (tmp_path / scores.JOBS).write_text(yaml.safe_dump({"jobs": listed}))
+    taught = job | {"model": "taught", "widths": [4], "epochs": 1, "batch": 8}
+    taught |= {"network": "residual", "teachers": {"emotion-compact": [1]}}
+    (tmp_path / scores.JOBS).write_text(yaml.safe_dump({"jobs": {"emotion-taught": taught}}))
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     command = ["scores", "--task", "emotion", "--archive", "fer", "--seeds", "1", "--threads", "1"]
     monkeypatch.setattr(sys, "argv", [*command, "--jobs", "emotion-taught"])
-    with pytest.raises(GrimaceError, match="not trained yet: emotion-compact-1"):
+    with pytest.raises(GrimaceError, match="not trained yet, or not so: emotion-compact-1"):
         scores.main()
     command += ["--jobs", "emotion-taught", "emotion-compact"]  # the student first, if it could
     monkeypatch.setattr(sys, "argv", command)
@@ -215,8 +215,13 @@ def test_a_job_is_trained_once_and_answers_on_the_archives_test_side(
     scores.main()
     assert model.stat().st_mtime_ns == before
     assert "1 of 1" in capsys.readouterr().out
-    # Had it been killed before it wrote its result, the next attempt would be noted beside it.
     job, trained = read_job(model.with_name("job.json")), model.with_name("trained.json")
+    write_job(replace(job, batch=4), model.with_name("job.json"))
+    with monkeypatch.context() as patch, pytest.raises(GrimaceError, match="or not so: emotion-c"):
+        patch.setattr(sys, "argv", command[:-1])  # the student alone
+        scores.main()
+    write_job(job, model.with_name("job.json"))
+    # Had it been killed before it wrote its result, the next attempt would be noted beside it.
     model.unlink()
     monkeypatch.setattr(sys, "executable", shutil.which("true"))
     for older in (False, True):

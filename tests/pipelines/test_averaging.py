@@ -66,6 +66,11 @@ def test_a_square_around_an_oblong_picture_holds_all_of_it(box: Box) -> None:
     assert five_crops(noise(height, width), box, 48)[1][0, 2] == pytest.approx(7 / 8)
 
 
+@pytest.mark.parametrize("box", [Box(-4.5, 1.5, 51.5, 57.5), Box(1.5, -4.5, 57.5, 51.5)])
+def test_a_square_that_leaves_something_out_keeps_its_size(box: Box) -> None:
+    assert five_crops(noise(52, 48), box, 48)[1][0, 2] == pytest.approx(1)
+
+
 # answers
 
 

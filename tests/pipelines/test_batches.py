@@ -95,13 +95,13 @@ def test_teachers_answers_stand_behind_the_labels(faces: View, points: View) -> 
 def test_all_that_belongs_to_an_image_is_mixed_with_its_share(
     options: dict[str, float], faces: View
 ) -> None:
-    """Labels, weights and answers are linear in the image's number, so they mix as it does."""
+    """Weights, and answers times weights, are linear in the image's number, so they mix as it."""
     numbers = np.arange(TRAIN, dtype=np.float32)
-    answers = np.stack([numbers] * 7, -1)
+    answers = np.stack([numbers / faces.weights] * 7, -1)
     images, labels, weights = whole(training_batches(replace(JOB, **options), faces, 0, answers))
     mixed = images.mean((1, 2, 3))  # of pasted images as of blended ones
     assert not np.allclose(mixed, np.round(mixed))
-    assert np.allclose(labels[:, 7], mixed, atol=1e-4)
+    assert np.allclose(labels[:, 7] * weights, mixed, atol=1e-4)
     assert np.allclose(weights, (mixed + 1) / TRAIN, atol=1e-6)
     assert np.allclose(labels[:, :7].sum(-1), 1)
     assert ((labels[:, :7] > 0).sum(-1) <= 2).all()

@@ -6,13 +6,17 @@ import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import keras
 import numpy as np
 import pandas as pd
 import pytest
 import yaml
 
+from pipelines.cluster import _reason
+from pipelines.job import sha256
+
 ROOT = Path(__file__).parents[2]
-EPOCHS = 12
+EPOCHS = 8
 SETTINGS = {
     "widths": [4],
     "dropout": 0.3,
@@ -74,7 +78,11 @@ def prepare(root: Path, workers: int) -> Path:
     values["tasks"]["emotion"] |= {"dataset": "synthetic", "size": 16, "channels": 1}
     values["tracking"]["uri"] = "sqlite:///mlflow.db"
     values["train"] |= {"workers": workers, "restarts": 1}
-    values["train"]["jobs"]["emotion-plain"] |= SETTINGS
+    inputs = keras.Input((16, 16, 1))
+    answers = keras.layers.Dense(7, activation="softmax")(keras.layers.Flatten()(inputs))
+    keras.Model(inputs, answers).save(root / "teacher.keras")
+    taught = {"path": "teacher.keras", "sha256": sha256(root / "teacher.keras")}  # from the root
+    values["train"]["jobs"]["emotion-plain"] |= SETTINGS | {"teachers": [taught]}
     values["cluster"]["address"] = "ADDRESS:1"
     text = yaml.safe_dump(values).replace("ADDRESS:1", "ADDRESS")
     (root / "params.yaml").write_text(text)
@@ -128,14 +136,28 @@ def test_two_workers_one_killed_end_as_one_undisturbed(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "pipelines.fit", "--job", came / "job.json"]
     jax = {"KERAS_BACKEND": "jax", "JAX_PLATFORMS": "cpu"}
     subprocess.run(
-        [*command, "--shards", shards, "--out", alone], cwd=ROOT, env=os.environ | jax, check=True
+        [*command, "--shards", shards, "--out", alone],
+        cwd=tmp_path,
+        env=os.environ | jax | {"PYTHONPATH": str(ROOT)},
+        check=True,
     )
     mine, single = (pd.read_csv(folder / "history.csv") for folder in (came, alone))
     assert list(mine["epoch"]) == list(range(1, EPOCHS + 1))
     columns = [name for name in single if name not in ("images_per_second", "seconds")]
     np.testing.assert_allclose(mine[columns], single[columns], rtol=1e-3, atol=1e-5)
-    import keras
-
     models = [keras.models.load_model(folder / "model.keras") for folder in (came, alone)]
     for one, other in zip(*(model.get_weights() for model in models), strict=True):
         np.testing.assert_allclose(one, other, rtol=2e-3, atol=2e-4)
+
+
+def test_the_reason_that_is_told_is_the_last_one() -> None:
+    told = """ray::_supervise() (pid=7)
+ray.train.WorkerGroupError: Training failed due to worker errors:
+[Rank 1 Error Snippet]:
+Traceback (most recent call last):
+jax.errors.JaxRuntimeError: RESOURCE_EXHAUSTED: Out of memory
+The above exception was the direct cause of the following exception:
+pipelines.fit.OutOfMemoryError: training emotion-plain: out of memory. Make batch smaller (now 64)
+"""
+    assert _reason(told).endswith("out of memory. Make batch smaller (now 64)")
+    assert _reason("Killed\n") == "Killed"

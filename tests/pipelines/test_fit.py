@@ -33,7 +33,7 @@ from pipelines.cli import GrimaceError
 from pipelines.job import Job, Teacher, read_job, write_job
 from pipelines.params import load_params
 from pipelines.schedules import phase_at
-from pipelines.shards import read_meta, read_view
+from pipelines.shards import read_meta, read_view, version_of
 from pipelines.tracking import sha256
 
 ROOT = Path(__file__).parents[2]
@@ -57,7 +57,6 @@ EMOTION = Job(
     epochs=3,
     precision="float32",
     seed=1,
-    data_version="one",
 )
 LANDMARKS = replace(
     EMOTION,
@@ -479,12 +478,14 @@ def test_a_finished_job_is_not_trained_again(
 
 
 @pytest.mark.parametrize(
-    "other", [{"seed": 2, "epochs": 1}, {"data_version": "two", "epochs": 1}, {"batch": 40}]
+    "other", [{"seed": 2, "epochs": 1}, {"data_version": "here", "epochs": 1}, {"batch": 40}]
 )
 def test_another_jobs_checkpoint_is_not_resumed(
     other: dict[str, Any], finished: Path, emotions: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     job = replace(EMOTION, **other)
+    if job.data_version:
+        job = replace(job, data_version=version_of(emotions))
     run(job, emotions, finished)
     assert "resumed" not in capsys.readouterr().out
     assert len(history(finished)) == job.epochs
@@ -592,15 +593,52 @@ def test_weights_decay_but_biases_do_not(faces: Path) -> None:
     model = fit.build(job, read_meta(faces))
     fit._compile(model, job, 0, steps=1)
     model.optimizer.build(model.trainable_variables)
+    for variable in model.trainable_variables:
+        variable.assign(np.ones(variable.shape))  # for biases begin at zero, where nothing decays
     before = [variable.numpy() for variable in model.trainable_variables]
     model.optimizer.iterations.assign(1)  # after the warm-up: lr > 0
     model.optimizer.apply_gradients(
         [(np.zeros_like(v), w) for v, w in zip(before, model.trainable_variables, strict=True)]
     )
-    for variable, old in zip(model.trainable_variables, before, strict=True):
-        if old.any():
-            shrunk = np.abs(variable.numpy()).sum() < 0.99 * np.abs(old).sum()
-            assert shrunk == (variable.name == "kernel"), variable.path
+    assert {"kernel", "bias", "gamma", "beta"} <= {v.name for v in model.trainable_variables}
+    for variable in model.trainable_variables:
+        shrunk = float(np.abs(variable.numpy()).mean()) < 0.99
+        assert shrunk == (variable.name == "kernel"), variable.path
+
+
+# shards that are not meant
+
+
+def test_only_the_shards_that_the_job_was_written_for_are_trained_on(
+    emotions: Path, faces: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(GrimaceError, match=f"{faces} holds shards for landmarks"):
+        run(EMOTION, faces, tmp_path)
+    with pytest.raises(GrimaceError, match="holds no shards"):
+        run(EMOTION, tmp_path, tmp_path)
+    other = tmp_path / "other"
+    shutil.copytree(emotions, other)
+    images = np.load(other / "train/images-01.npy")
+    images[3, 4, 4] += 1
+    np.save(other / "train/images-01.npy", images)
+    job = replace(EMOTION, epochs=1, data_version=version_of(emotions))
+    with pytest.raises(GrimaceError, match="holds other shards"):
+        run(job, other, tmp_path)
+    assert not (tmp_path / "model.keras").exists()
+
+
+def test_a_result_is_there_with_its_model_or_not_at_all(
+    finished: Path, emotions: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def die(*_: Any) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(fit, "machine", die)
+        run(EMOTION, emotions, finished)
+    assert not (finished / "model.keras").exists()
+    run(EMOTION, emotions, finished)
+    assert (finished / "model.keras").exists() and not (finished / "partial.keras").exists()
 
 
 # out of memory

@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipelines.shards import read_meta, read_view
+from pipelines.cli import GrimaceError
+from pipelines.shards import read_meta, read_view, version_of
 
 ROOT = Path(__file__).parents[2]
 
@@ -45,6 +46,28 @@ def test_weights_are_read(folder: Path) -> None:
 def test_what_is_not_there(folder: Path, side: str, view: int) -> None:
     with pytest.raises(FileNotFoundError, match=f"{side} holds no view {view}; run"):
         read_view(folder, side, view)
+
+
+def test_a_folder_without_shards(tmp_path: Path) -> None:
+    with pytest.raises(GrimaceError, match="holds no shards; run"):
+        read_meta(tmp_path)
+
+
+def test_other_bytes_names_or_facts_are_another_version(folder: Path) -> None:
+    before = version_of(folder)
+    assert version_of(folder) == before and len(before) == 64
+    (folder / "train" / "notes.txt").touch()
+    assert version_of(folder) == before
+    seen = {before}
+    images = np.load(folder / "train" / "images-01.npy")
+    images[1, 5, 5] += 1
+    np.save(folder / "train" / "images-01.npy", images)
+    seen.add(version_of(folder))
+    (folder / "train" / "images-01.npy").rename(folder / "train" / "images-02.npy")
+    seen.add(version_of(folder))
+    (folder / "meta.json").write_text(json.dumps({"task": "landmarks", "views": 3}))
+    seen.add(version_of(folder))
+    assert len(seen) == 4
 
 
 def test_it_needs_numpy_alone(folder: Path) -> None:

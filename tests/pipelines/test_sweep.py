@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import mlflow
+import numpy as np
 import optuna
 import pytest
 import yaml
@@ -12,6 +13,7 @@ from optuna.trial import TrialState
 
 from pipelines.cli import GrimaceError
 from pipelines.params import load_params
+from pipelines.shards import version_of
 from pipelines.sweep import (
     Plan,
     apply,
@@ -30,6 +32,7 @@ from pipelines.sweep import (
 )
 
 ROOT = Path(__file__).parents[2]
+SHARDS = Path("data/augment/emotion")
 pytestmark = pytest.mark.usefixtures("searchable")
 
 
@@ -112,10 +115,10 @@ def test_what_would_not_compare_is_another_study() -> None:
     studies.append(plan(**{f"{job}.dropout": 0.1}).study)
     studies.append(plan(**{"sweep.jobs.emotion-plain.batch": {"choices": [8, 16]}}).study)
     studies.append(plan(**{"sweep.epochs": 0.25}).study)
-    outs = [{"path": "data/augment/emotion", "md5": "0a1b2c3d4e.dir"}]
-    Path("dvc.lock").write_text(yaml.safe_dump({"stages": {"augment@emotion": {"outs": outs}}}))
+    emotions = np.load(SHARDS / "train/emotions.npy")
+    np.save(SHARDS / "train/emotions.npy", emotions[::-1])
     studies.append(plan().study)
-    assert studies[-1].startswith("emotion-plain-0a1b2c3d-")
+    assert studies[-1].startswith(f"emotion-plain-{version_of(SHARDS)[:8]}-")
     assert len(set(studies)) == 5
 
 

@@ -132,6 +132,16 @@ def test_a_resumed_training_goes_on_in_its_run(store: Tracking, tmp_path: Path) 
     assert train(store, tmp_path / "other") != run_id
 
 
+def test_a_run_that_has_ended_and_was_told_all_is_left_alone(
+    store: Tracking, tmp_path: Path
+) -> None:
+    """Killed between the delivery and the removal of its journal."""
+    with tracking.training_run(store, "emotion", "plain on faces", {}, tmp_path) as journal:
+        journal.add(metrics={"loss": 0.5}, step=0)
+    assert tracking.Journal(store, tmp_path).deliver()
+    assert mlflow.MlflowClient().get_run(str(journal.run_id)).info.status == "FINISHED"
+
+
 def test_the_run_is_told_all_kinds_of_things(store: Tracking, tmp_path: Path) -> None:
     (tmp_path / "result").mkdir()
     (tmp_path / "result/history.csv").write_text("epoch\n1\n")

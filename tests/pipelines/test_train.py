@@ -21,7 +21,7 @@ import yaml
 from pipelines import fit, tracking, train
 from pipelines.cli import GrimaceError
 from pipelines.params import Params, load_params
-from pipelines.shards import read_view
+from pipelines.shards import read_view, version_of
 
 ROOT = Path(__file__).parents[2]
 EPOCHS = 4
@@ -128,7 +128,8 @@ def test_the_output_is_whole_and_the_checkpoint_gone(trained: Trained) -> None:
     assert list((trained.root / "checkpoints").iterdir()) == []
     assert (out / "history.png").read_bytes().startswith(b"\x89PNG")
     job = json.loads((out / "job.json").read_text())
-    assert job["epochs"] == EPOCHS and job["data_version"] == "0a1b.dir" and job["widths"] == [4]
+    assert job["epochs"] == EPOCHS and job["widths"] == [4]
+    assert job["data_version"] == version_of(trained.root / SHARDS)
 
 
 def test_the_run_knows_every_parameter(trained: Trained) -> None:
@@ -256,7 +257,7 @@ def test_what_comes_back_is_taken_in_as_if_trained_here(
     ("change", "words"),
     [
         ({"batch": 16, "seed": 3}, "not the job emotion-plain .*: .*batch is 16, not 8, seed is 3"),
-        ({"data_version": "ffff.dir"}, r"other shards \(ffff\.dir\) than are here \(0a1b\.dir\)"),
+        ({"data_version": "ffff"}, r"other shards \(ffff\) than are here \([0-9a-f]{64}\)"),
     ],
 )
 def test_another_jobs_result_is_not_taken(
@@ -364,6 +365,31 @@ def test_the_advice_after_a_breakdown_goes_on_from_its_checkpoint(
     assert [metric.step for metric in logged] == list(range(EPOCHS))
 
 
+def test_a_checkpoint_that_a_changed_job_leaves_behind_is_named(
+    trained: Trained,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The kernel killed the training, so nobody knows that it was for want of memory."""
+    killed = RuntimeError("killed")
+
+    def die(epoch: int, row: dict[str, float]) -> None:
+        raise killed
+
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="killed"):
+        real = fit.fit
+        patch.setattr(fit, "fit", lambda *given: real(*given[:4], die, *given[5:]))
+        command(trained.root, patch, "--out", str(tmp_path / "out"))
+    (left,) = (trained.root / "checkpoints").glob("emotion-*")
+    with changed_job(trained.root, {"batch": 4}):
+        command(trained.root, monkeypatch, "--out", str(tmp_path / "out"))
+    said = capsys.readouterr().out
+    assert f"checkpoints/{left.name} is not used: it is of the job before" in said
+    assert "resumed" not in said
+    shutil.rmtree(left)
+
+
 # while MLflow is away
 
 
@@ -417,7 +443,7 @@ def test_a_job_names_its_data_and_its_epochs(tmp_path: Path) -> None:
     with chdir(tmp_path):
         params = load_params()
         job = train.resolve("emotion-plain", params, SHARDS)
-        assert (job.epochs, job.data_version, job.widths) == (EPOCHS, "0a1b.dir", (4,))
+        assert (job.epochs, job.data_version, job.widths) == (EPOCHS, version_of(SHARDS), (4,))
         meta = json.loads((SHARDS / "meta.json").read_text())
         (SHARDS / "meta.json").write_text(json.dumps(meta | {"dataset": "fer2013"}))
         assert train.resolve("emotion-plain", params, SHARDS).epochs == 9
