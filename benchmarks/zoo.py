@@ -5,10 +5,14 @@
 With `--networks` the rows of all others stay as they are in the folder.
 
 Each network is built at the setting that its docstring gives, with random weights: ImageNet's are
-not fetched, for what converters make of a layer does not depend on its values. Batch normalisation
-takes its statistics from drawn faces, or else untrained layers would hide what rounding does. Every
-graph is loaded in its runtime and asked about drawn faces that calibration has not seen. What does
-not export, or answers otherwise than Keras does, stands in the table with the reason.
+not fetched, for what converters make of a layer does not depend on its values. They are scaled so
+that over drawn faces each channel of each layer has mean 0 and variance 1 (as Mishkin and Matas
+2016, section 3, do for layers), and batch normalisation takes its statistics from these; else an
+untrained network would answer nearly the same to every face, and no fault of a graph would show.
+Every graph is loaded in its runtime and asked about drawn faces that calibration has not seen. What
+does not export or run, or in float32 answers otherwise than Keras does, stands in the table with
+the reason. Of what rounds there is no more to ask than that it runs: untrained networks are chaotic
+(Yang et al. 2019 on normalised ones), and amplify rounding as no trained one does.
 """
 
 import argparse
@@ -25,8 +29,6 @@ import numpy as np
 from tqdm import tqdm
 
 from models import emotion, landmarks
-from pipelines import bundles
-from pipelines.bundles import golden
 from pipelines.cli import GrimaceError, run, whole_folder
 from pipelines.datasets import synthetic
 from pipelines.exporters import tensorrt, tfjs, tflite
@@ -39,8 +41,7 @@ from pipelines.runtimes import load
 TASKS: dict[TaskName, ModuleType] = {"emotion": emotion, "landmarks": landmarks}
 NETWORKS = [f"{task}-{name}" for task, module in TASKS.items() for name in module.NETWORKS]
 CALIBRATION, COMPARED, SEED = 32, 8, 2026
-# Of answers over faces; what tolerances are meant for. Untrained landmark heads scatter more.
-SPREAD = 0.1
+EXACT = 0.01  # of the spread of answers over faces, how far those of a float32 graph may be off
 SETTING = re.compile(r"Setting: size (\d+), channels (\d), widths \(([\d, ]*)\)(?:, points (\d+))?")
 COLUMNS = (
     "network",
@@ -48,7 +49,7 @@ COLUMNS = (
     "variant",
     "size",
     "runs in",
-    "largest difference",
+    "mean difference",
     "spread of answers",
     "verdict",
 )
@@ -148,11 +149,11 @@ def build(name: str, path: Path) -> Built:
     drawn = crop_all(synthetic.examples(CALIBRATION + COMPARED, SEED), task, crop).images
     images = drawn.astype(np.float32)
     seen, new = images[:CALIBRATION], images[CALIBRATION:]
-    norms = [x for x in _layers(model) if isinstance(x, keras.layers.BatchNormalization)]
-    for norm in norms:
-        norm.momentum = 0.5
-    for _ in range(6 if norms else 0):
-        model(seen, training=True)
+    for layer in _layers(model):
+        if isinstance(layer, keras.layers.BatchNormalization):
+            layer.momentum = 0.0  # its statistics are those of the last images
+    scale(model, seen)
+    model(seen, training=True)
     model.save(path)
     answers = model.predict(new, verbose=0)
 
@@ -161,6 +162,37 @@ def build(name: str, path: Path) -> Built:
 
     calibration = Calibration(seen, new, loss, math.inf, "mean difference")
     return Built(path, model.count_params(), calibration, new, answers)
+
+
+def scale(model: Any, images: np.ndarray) -> None:
+    """Give each channel of each convolution and dense layer mean 0 and variance 1 over images.
+
+    Layer by layer in one pass, each on what those before make of the images once they are scaled.
+    A layer without a bias is left to the normalisation that follows it.
+    """
+    import keras
+    from keras import ops
+
+    layers = [x for x in _layers(model) if getattr(x, "use_bias", False) and hasattr(x, "kernel")]
+
+    def scaling(layer: Any) -> Any:
+        call = layer.call
+
+        def once(x: Any, **more: Any) -> Any:
+            activation, layer.activation = layer.activation, keras.activations.linear
+            y = call(x, **more)
+            mean, variance = ops.moments(y, axes=list(range(y.ndim - 1)))
+            deviation = ops.maximum(ops.sqrt(variance), 1e-6)
+            layer.kernel.assign(layer.kernel / deviation)
+            layer.bias.assign((layer.bias - mean) / deviation)
+            layer.activation, layer.call = activation, call
+            return activation((y - mean) / deviation)
+
+        return once
+
+    for layer in layers:
+        layer.call = scaling(layer)
+    model(images, training=True)
 
 
 def _layers(model: Any) -> Iterator[Any]:
@@ -209,15 +241,12 @@ def _compared(graph: Path, precision: str, built: Built) -> Row:
     except Exception as error:
         return row | {"why": f"exported, but does not run: {_reason(error)}"}
     spread = float(built.answers.std(0).mean())
-    allowed = bundles.TOLERANCES[precision] * max(1.0, spread / SPREAD)
-    apart = golden.compare(outputs, built.answers, allowed)
-    why = "" if apart["passed"] else f"mean difference {apart['difference']:.2g}, {allowed:g} asked"
-    return row | {
-        "difference": float(np.abs(outputs - built.answers).max()),
-        "spread": spread,
-        "passed": apart["passed"],
-        "why": why,
-    }
+    row |= {"difference": float(np.abs(outputs - built.answers).mean()), "spread": spread}
+    if not np.isfinite(outputs).all():
+        return row | {"why": "not all of its answers are numbers"}
+    if precision == "float32" and row["difference"] > EXACT * spread:
+        return row | {"why": f"other answers than Keras gives: {EXACT * spread:.2g} asked"}
+    return row | {"passed": True}
 
 
 def _engine(graph: Path, target: str) -> Row:
@@ -260,24 +289,26 @@ def page(rows: list[Row], where: dict[str, str]) -> str:
     """Return the page of results, Markdown."""
     # An engine is built here and cannot be asked: it answers nothing, and is counted apart.
     engines = [row for row in rows if row["variant"].startswith("tensorrt/int8.")]
-    built, passed = (sum(row["passed"] for row in some) for some in (engines, rows))
+    graphs = [row for row in rows if row not in engines]
+    exact = [row for row in graphs if row["precision"] == "float32"]
+    built, run, same = (sum(row["passed"] for row in some) for some in (engines, graphs, exact))
     networks = {row["network"] for row in rows}
     missing = [name for name in NETWORKS if name not in networks]
     unrun = f"Not run: {', '.join(missing)}.\n\n" if missing else ""
     facts = "".join(f"- {name}: {value}\n" for name, value in where.items())
     return (
         f"# Does every network export?\n\nWritten by `python -m benchmarks.zoo`: {len(networks)} "
-        f"of {len(NETWORKS)} networks, {passed - built} of {len(rows) - len(engines)} graphs "
-        f"answer as Keras does; {built} of {len(engines)} TensorRT engines were built, and not "
-        "run.\n\n"
-        "Weights are random (ImageNet's were not fetched for the transfer networks), statistics of "
-        f"batch normalisation from {CALIBRATION} drawn faces, which are also what eight bits were "
-        f"calibrated on; compared on {COMPARED} others. The verdict says that a graph exports, "
-        "runs in its runtime and keeps to the mean difference that golden answers may have "
-        f"(`pipelines/bundles`; in proportion where answers spread by more than {SPREAD:g}). What "
-        "rounding costs it does not say, for a network that has learnt nothing hardly tells one "
-        "face from another: of trained ones `verify` measures that. Eight-bit graphs are those "
-        "with every layer in eight bits.\n\n"
+        f"of {len(NETWORKS)} networks. {run} of {len(graphs)} graphs were exported and run, and "
+        f"{same} of the {len(exact)} in float32 answer as Keras does; {built} of {len(engines)} "
+        "TensorRT engines were built, and not run.\n\n"
+        "Weights are random (ImageNet's were not fetched for the transfer networks), scaled so "
+        f"that over {CALIBRATION} drawn faces each channel has mean 0 and variance 1; on these "
+        f"eight bits were calibrated, too. Compared on {COMPARED} others. The verdict says that a "
+        "graph exports and runs in its runtime, and, in float32, that its answers differ from "
+        f"Keras's by no more than {EXACT:.0%} of what they differ by between faces. Of the others "
+        "the difference says little: untrained networks amplify rounding as no trained one does, "
+        "of which `verify` measures what it costs. Eight-bit graphs are those with every layer in "
+        "eight bits.\n\n"
         f"{unrun}{markdown(table(rows), COLUMNS)}\n## Where\n\n{facts}"
     )
 

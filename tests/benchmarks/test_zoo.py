@@ -39,10 +39,42 @@ def test_a_transfer_network_exports_in_every_variant(monkeypatch):
     assert rows.keys() == VARIANTS | {"tensorrt/int8.sm89"}
     assert all(row["passed"] for row in rows.values()), rows
     assert {row["parameters"] for row in rows.values()} == {2_266_951}
-    assert rows["tflite/float32"]["difference"] < 1e-4
+    for name in ("tflite/float32", "tfjs/float32", "tensorrt/float32"):
+        assert rows[name]["difference"] < 1e-3 * rows[name]["spread"], name
+        assert rows[name]["spread"] > 0.02
     for name in ("tflite/int8", "tfjs/uint8", "tensorrt/int8"):
         assert rows[name]["bytes"] < 0.4 * rows["tflite/float32"]["bytes"], name
     assert rows["tensorrt/int8.sm89"]["why"] == "built ahead of time, not run"
+
+
+@pytest.mark.parametrize("name", ["emotion-emojify", "landmarks-simcc"])
+def test_a_graph_that_tells_no_faces_apart_has_failed(name, tmp_path, monkeypatch):
+    monkeypatch.setattr(zoo, "CALIBRATION", 8)
+    built = zoo.build(name, tmp_path / "model.keras")
+    assert built.answers.std(0).mean() > 0.02
+
+    class Dull:
+        name = "dull"
+
+        def __init__(self, path):
+            pass
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        def predict(self, images):
+            return np.broadcast_to(built.answers.mean(0), built.answers.shape)
+
+    monkeypatch.setattr(zoo, "load", Dull)
+    (tmp_path / "float32.tflite").touch()
+    row = zoo._compared(tmp_path / "float32.tflite", "float32", built)
+    assert not row.get("passed") and "other answers than Keras gives" in row["why"]
+    monkeypatch.setattr(Dull, "predict", lambda self, images: np.full(built.answers.shape, np.nan))
+    row = zoo._compared(tmp_path / "float32.tflite", "int8", built)
+    assert not row.get("passed") and row["why"] == "not all of its answers are numbers"
 
 
 def test_what_fails_is_in_the_table_with_the_reason(tmp_path, monkeypatch, capsys):
@@ -77,7 +109,8 @@ def test_what_fails_is_in_the_table_with_the_reason(tmp_path, monkeypatch, capsy
     failed = {name for name, row in rows.items() if not row["passed"]}
     assert failed == {"tfjs", "tensorrt/int8.sm89", "tflite/int8"}
     text = (out / "README.md").read_text()
-    assert "3 of 5 graphs answer as Keras does; 0 of 1 TensorRT engines" in text
+    assert "3 of 5 graphs were exported and run, and 1 of the 2 in float32 answer as Ke" in text
+    assert "0 of 1 TensorRT engines were built" in text
     assert "FAILED not exported: no such operation" in text
     assert "FAILED not exported" in capsys.readouterr().out
     assert np.isfinite(rows["tensorrt/float32"]["difference"])
