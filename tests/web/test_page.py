@@ -136,8 +136,8 @@ def test_a_model_that_does_not_open_is_named_and_the_next_one_is_taken(context, 
 
 def test_every_model_can_be_chosen_and_agrees(page):
     show(page, "face.png", encoded(drawn(), "PNG"))
-    answers = []
-    for task in ("emotion", "landmarks"):
+    for task, told in (("emotion", "probabilities"), ("landmarks", "points")):
+        answers = []
         options = page.locator(f"#{task}-model option")
         names = [name.rsplit(" · ", 1)[0] for name in options.all_inner_texts()[:-1]]
         assert names == ["LiteRT · int8", "LiteRT · float16", "TF.js · uint8"]
@@ -146,9 +146,10 @@ def test_every_model_can_be_chosen_and_agrees(page):
             page.select_option(f"#{task}-model", index=i)
             page.wait_for_function(f"document.body.dataset.frames > {before}")
             answers.append(faces(page)[0])
-    for one, two in pairwise(answers):
-        assert np.abs(np.subtract(one["probabilities"], two["probabilities"])).max() < 0.3
-        assert np.abs(np.subtract(one["points"], two["points"])).mean() < 400 * 0.02
+        for one, two in pairwise(answers):
+            assert one[told] != two[told]  # it was another one that answered
+            assert np.abs(np.subtract(one["probabilities"], two["probabilities"])).max() < 0.3
+            assert np.abs(np.subtract(one["points"], two["points"])).mean() < 400 * 0.02
     page.select_option("#emotion-model", "")
     page.wait_for_function("grimace.faces()[0].probabilities === null")
     expect(page.locator("#face-emoji")).to_be_hidden()
@@ -314,14 +315,17 @@ def test_without_a_camera_the_page_says_so(launch, address, flags, message):
     browser.close()
 
 
-def test_it_works_without_a_network(browser, built):
+def test_it_works_without_a_network(browser, built, tmp_path):
     context = browser.new_context()
     page = context.new_page()
-    with served(built) as address:
-        page.goto(address)
-        page.wait_for_selector("body[data-offline]")
-    assert page.evaluate("document.body.dataset.offline") == "true"
-    page.reload()  # from a server that is gone
+    for name in ("one", "two"):
+        shutil.copytree(built, tmp_path / name, copy_function=os.link)
+    with served(tmp_path) as address:
+        for place in ("one/", "two/"):  # each keeps its own
+            page.goto(address + place)
+            page.wait_for_selector("body[data-offline]")
+            assert page.evaluate("document.body.dataset.offline") == "true"
+    page.goto(address + "one/index.html")  # from a server that is gone
     page.wait_for_selector("body[data-ready]")
     page.click(".welcome [data-do=sample]")
     page.wait_for_function("document.body.dataset.frames > 0")
@@ -330,6 +334,19 @@ def test_it_works_without_a_network(browser, built):
     page.wait_for_function("document.body.dataset.frames > 1")
     expect(page.locator("#status")).to_be_hidden()
     context.close()
+
+
+def test_it_works_where_no_service_worker_may_be(context, address):
+    page = context.new_page()
+    page.add_init_script(
+        "navigator.serviceWorker.register = () => Promise.reject(new Error('forbidden'))"
+    )
+    errors: list[str] = []
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    page.goto(address)
+    page.wait_for_selector("body[data-offline=no]")
+    assert errors == []
+    page.close()
 
 
 def test_what_cannot_be_kept_for_later_is_said(browser, built, tmp_path):
@@ -343,6 +360,35 @@ def test_what_cannot_be_kept_for_later_is_said(browser, built, tmp_path):
             re.compile("will be missing: .*/landmarks/tfjs/uint8/model.json$")
         )
     page.close()
+
+
+def test_who_sees_nothing_is_told_what_is_there(page):
+    mirror, call = (page.get_by_role("tab", name=name) for name in ("mirror", "call"))
+    mirror.focus()
+    page.keyboard.press("ArrowRight")
+    assert page.evaluate("document.activeElement.id") == "tab-call"
+    expect(call).to_have_attribute("aria-selected", "true")
+    expect(page.get_by_role("tabpanel", name="Landmark call")).to_be_visible()
+    page.keyboard.press("ArrowRight")  # round again
+    expect(page.get_by_role("tabpanel", name="Emoji mirror")).to_be_visible()
+    stage = page.locator("#mirror").get_by_role("img", name="Nothing is open")
+    expect(stage).to_be_visible()
+    page.click(".welcome [data-do=sample]")
+    shown = re.compile(f"^The picture: 6 faces, the largest, ({'|'.join(EMOTIONS)})$")
+    expect(page.locator("#mirror").get_by_role("img", name=shown)).to_be_visible()
+    show(page, "wall.png", encoded(Image.new("RGB", (300, 200), "grey"), "PNG"))
+    no_face = page.locator("#mirror").get_by_role("status").filter(has_text="No face in view")
+    expect(no_face).to_be_visible()
+
+
+def test_full_screen_is_offered_where_there_is_one(page, context, address):
+    expect(page.get_by_role("button", name="Full screen")).to_be_visible()
+    phone = context.new_page()
+    phone.add_init_script("Object.defineProperty(document, 'fullscreenEnabled', { value: false })")
+    phone.goto(address)
+    phone.wait_for_selector("body[data-ready]")
+    expect(phone.get_by_role("button", name="Full screen")).to_be_hidden()
+    phone.close()
 
 
 def test_nothing_sticks_out(page):

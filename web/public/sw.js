@@ -1,6 +1,7 @@
 // Keeps the page usable without a network: fresh from the server where there is one, else as kept.
 
-const KEPT = "grimace";
+const PAGE = self.registration.scope;
+const KEPT = `grimace ${PAGE}`; // a server may hold several, each in a folder of its own
 
 self.addEventListener("install", () => self.skipWaiting());
 self.addEventListener("activate", (event) => event.waitUntil(self.clients.claim()));
@@ -20,15 +21,17 @@ async function keep(urls) {
 
 self.addEventListener("fetch", (event) => {
   const { request } = event;
-  const own = new URL(request.url).origin === location.origin;
-  if (own && request.method === "GET") event.respondWith(fresh(request));
+  if (request.method === "GET" && request.url.startsWith(PAGE)) event.respondWith(fresh(request));
 });
 
 async function fresh(request) {
   try {
     return await fetch(request);
   } catch (error) {
-    const kept = await caches.match(request, { ignoreSearch: true });
+    const cache = await caches.open(KEPT);
+    // It is one page, under whichever name: "…/" or "…/index.html".
+    const wanted = request.mode === "navigate" ? PAGE : request;
+    const kept = await cache.match(wanted, { ignoreSearch: true });
     if (kept) return kept;
     throw error;
   }

@@ -224,6 +224,7 @@ function showFace(track) {
   const label = track ? labels[track.label] : undefined;
   showEmoji($("face-emoji"), label);
   $("face-label").textContent = label ?? "–";
+  canvas.ariaLabel = describe(label);
   const bars = $("bars");
   if (bars.children.length !== labels.length) {
     bars.replaceChildren(...labels.map(bar));
@@ -235,6 +236,15 @@ function showFace(track) {
     row.querySelector(".fill").style.transform = `scaleX(${share})`;
     row.querySelector(".value").textContent = track?.probabilities ? `${Math.round(share * 100)}%` : "";
   });
+}
+
+/** What the stage shows, for who does not see it. */
+function describe(label) {
+  if (!source) return "Nothing is open";
+  const faces = last.tracks.length;
+  const what = { camera: "The camera's picture", video: "The video" }[source.kind] ?? "The picture";
+  if (!faces) return `${what}: no face in view`;
+  return `${what}: ${faces === 1 ? "one face" : `${faces} faces, the largest`}${label ? `, ${label}` : ""}`;
 }
 
 /** Put a label's emoji into an image, or hide that where there is no label. */
@@ -275,7 +285,6 @@ function say(text, isError = false) {
   const status = $("status");
   status.textContent = text;
   status.classList.toggle("error", isError && text !== "");
-  status.hidden = !text;
 }
 
 // the call
@@ -402,7 +411,22 @@ function wire() {
       render();
     };
   }
-  document.querySelectorAll("[role=tab]").forEach((tab) => (tab.onclick = () => (location.hash = tab.dataset.tab)));
+  const tabs = [...document.querySelectorAll("[role=tab]")];
+  tabs.forEach((tab, place) => {
+    tab.onclick = () => {
+      history.pushState(null, "", `#${tab.dataset.tab}`); // to set location.hash would take the focus away
+      showTab();
+    };
+    tab.onkeydown = ({ key }) => {
+      const step = { ArrowLeft: -1, ArrowRight: 1 }[key];
+      if (!step) return;
+      const next = tabs.at((place + step) % tabs.length);
+      next.focus();
+      next.click();
+    };
+  });
+  // Phones show a video in full, but no other element.
+  document.querySelector("[data-do=fullscreen]").hidden = !document.fullscreenEnabled;
   addEventListener("hashchange", showTab);
   showTab();
   $("find-tab").onclick = () => attempt(call.findTab);
@@ -445,6 +469,7 @@ function showTab() {
   for (const tab of document.querySelectorAll("[role=tab]")) {
     const isChosen = tab.dataset.tab === chosen;
     tab.setAttribute("aria-selected", isChosen);
+    tab.tabIndex = isChosen ? 0 : -1; // the arrow keys go from one to the other
     $(tab.dataset.tab).hidden = !isChosen;
   }
   render();
@@ -452,7 +477,7 @@ function showTab() {
 
 function toggleFullScreen() {
   if (document.fullscreenElement) document.exitFullscreen();
-  else $("frame").requestFullscreen?.();
+  else $("frame").requestFullscreen();
 }
 
 // without a network
@@ -460,9 +485,16 @@ function toggleFullScreen() {
 /** Let the service worker keep what was loaded, and what may be chosen later. */
 async function keepOffline(index) {
   if (!("serviceWorker" in navigator) || !import.meta.env.PROD) return;
-  await navigator.serviceWorker.register(`${BASE}sw.js`);
-  const { active } = await navigator.serviceWorker.ready;
-  await import("./tfjs.js");
+  let active;
+  try {
+    await navigator.serviceWorker.register(`${BASE}sw.js`);
+    ({ active } = await navigator.serviceWorker.ready);
+    await import("./tfjs.js");
+  } catch (error) {
+    console.warn("Without a network the page will not be there:", error); // with one, all works
+    document.body.dataset.offline = "no";
+    return;
+  }
   const loaded = performance.getEntriesByType("resource").map(({ name }) => name);
   const models = index.flatMap((entry) => entry.files.map((file) => `${BASE}models/${file}`));
   const others = ["vendor/tfjs/tfjs-backend-wasm-simd.wasm", "sample.jpg", "manifest.webmanifest", ""];
