@@ -26,7 +26,7 @@ def run(main: Callable[[], None]) -> None:
     except GrimaceError as error:
         sys.exit(f"error: {error}")
     except OSError as error:
-        if not _disk_is_full(error):
+        if not is_disk_full(error):
             raise
         place = f" while writing {error.filename}" if error.filename else ""
         sys.exit(
@@ -37,7 +37,8 @@ def run(main: Callable[[], None]) -> None:
         sys.exit(130)
 
 
-def _disk_is_full(error: OSError) -> bool:
+def is_disk_full(error: OSError) -> bool:
+    """Tell a full disk or quota from other errors."""
     # `np.save` gives no number, only "1000 requested and 16 written".
     short_write = error.errno is None and str(error).endswith(" written")
     return short_write or error.errno in (errno.ENOSPC, errno.EDQUOT)

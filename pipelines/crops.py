@@ -37,7 +37,8 @@ def decode(encoded: bytes, channels: int) -> np.ndarray:
         uint8 (H, W, channels).
 
     Raises:
-        UnreadableImageError: nothing there, unknown format, or damaged.
+        UnreadableImageError: nothing there, unknown format, damaged, or with more pixels than
+            twice what Pillow is told to take.
     """
     if not encoded:
         raise UnreadableImageError("zero bytes")
@@ -51,6 +52,9 @@ def decode(encoded: bytes, channels: int) -> np.ndarray:
                 upright = _on_white(upright.convert("RGBA"))
             mode = "L" if channels == 1 else "RGB"
             pixels = np.asarray(upright if upright.mode == mode else upright.convert(mode))
+    except Image.DecompressionBombError:
+        most = 2 * (Image.MAX_IMAGE_PIXELS or 0) // 10**6
+        raise UnreadableImageError(f"too large: more than {most} million pixels") from None
     # Pillow's decoders raise whatever their format's parser meets.
     except Exception as error:
         text = str(error).split(" <")[0] or type(error).__name__

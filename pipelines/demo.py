@@ -26,7 +26,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from pipelines import overlay
-from pipelines.cli import GrimaceError, run
+from pipelines.cli import GrimaceError, is_disk_full, run
 from pipelines.crops import UnreadableImageError, decode
 from pipelines.detectors import DETECTORS, find_faces
 from pipelines.lite import Model, open_models
@@ -194,7 +194,7 @@ def read_picture(path: Path) -> Frame:
     try:
         rgb = decode(encoded, 3)
     except UnreadableImageError as error:
-        raise GrimaceError(f"{path} is no picture, or a damaged one: {error}") from error
+        raise GrimaceError(f"{path} cannot be read as a picture: {error}") from error
     return Frame(_fitted(rgb), name=path.name)
 
 
@@ -397,10 +397,14 @@ def save(frame: Frame, out: Path) -> None:
     """
     try:
         Image.fromarray(frame.rgb).save(out)
-    except (ValueError, OSError) as error:
+    except ValueError as error:
         raise GrimaceError(
             f"{out} cannot be written: {error}; try a name ending in .png"
         ) from error
+    except OSError as error:
+        if is_disk_full(error):
+            raise  # for which there is an advice already
+        raise GrimaceError(f"{out} cannot be written: {error.strerror or error}") from error
 
 
 def write_video(frames: Iterator[Frame], out: Path, rate: float) -> None:

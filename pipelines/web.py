@@ -5,7 +5,8 @@
     python -m pipelines.web --precisions int8 uint8 tflite/float16
 
 TFLite files are for LiteRT, in the browser and in `python -m pipelines.demo`; TF.js folders are
-for TF.js. `index.json` lists them for the page.
+for TF.js. `index.json` lists them for the page. Bundles are taken as they were signed: for those of
+another checkout name its public key in GRIMACE_VERIFY_KEY (see `pipelines.bundles.signatures`).
 """
 
 import argparse
@@ -14,9 +15,9 @@ from pathlib import Path
 from shutil import copyfile
 from typing import Any
 
+from pipelines import bundles
 from pipelines.cli import GrimaceError, run, whole_folder
 from pipelines.lite import MODELS
-from pipelines.tracking import sha256
 
 RUNTIMES = {"tflite": "litert", "tfjs": "tfjs"}
 LARGEST = 5 * 2**20  # bytes, of the files of one precision
@@ -31,7 +32,7 @@ def main() -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--deploy", type=Path, default=Path("deploy"), help="folder of bundles")
-    parser.add_argument("--out", type=Path, default=MODELS, help="folder to write, replaced")
+    parser.add_argument("--out", type=Path, default=MODELS, help="folder of models to replace")
     parser.add_argument(
         "--precisions",
         nargs="+",
@@ -45,11 +46,11 @@ def main() -> None:
 
 
 def publish(deploy: Path, out: Path, precisions: list[str] | None = None) -> list[dict[str, Any]]:
-    """Copy the TFLite and TF.js bundles of a `deploy` folder, each file checked, and list them.
+    """Copy the TFLite and TF.js bundles of a `deploy` folder, each as it was signed, and list them.
 
     Args:
         deploy: a folder as `export` writes it: TASK/{tflite,tfjs} with a manifest each.
-        out: the folder to write, whole or not at all; what it holds is replaced.
+        out: the folder to write, whole or not at all; what this wrote there before is replaced.
         precisions: names to copy, of every bundle ("int8") or of one ("tflite/float16"); by
             default all.
 
@@ -59,14 +60,19 @@ def publish(deploy: Path, out: Path, precisions: list[str] | None = None) -> lis
         manifest's input, output and source.
 
     Raises:
-        GrimaceError: no bundles are there, a file is not what its manifest says, or a precision
-            is too large for a page.
+        GrimaceError: no bundles are there, one is not signed by a trusted key, a file is not what
+            its manifest says, a precision is too large for a page, or `out` holds something else.
     """
+    if out.exists() and not (out / "index.json").is_file() and any(out.iterdir()):
+        raise GrimaceError(
+            f"{out} holds something that is not from here (it has no index.json), and would be "
+            "replaced; name an empty or a new folder with --out"
+        )
     entries = []
     with whole_folder(out) as folder:
         for manifest_path in sorted(deploy.glob("*/*/manifest.json")):
             if manifest_path.parent.name in RUNTIMES:
-                entries += _copy(manifest_path, folder, precisions)
+                entries += _copy(manifest_path.parent, folder, precisions)
         if not entries:
             raise GrimaceError(
                 f"{deploy} holds no TFLite or TF.js bundle"
@@ -82,22 +88,20 @@ def _rank(precision: str) -> int:
     return PREFERRED.index(precision) if precision in PREFERRED else len(PREFERRED)
 
 
-def _copy(manifest_path: Path, out: Path, precisions: list[str] | None) -> list[dict[str, Any]]:
-    bundle = manifest_path.parent
-    manifest = json.loads(manifest_path.read_text())
-    if "up" not in manifest["input"]["crop"]:
-        raise GrimaceError(f"{manifest_path} is of an earlier schema; run `dvc repro export`")
+def _copy(bundle: Path, out: Path, precisions: list[str] | None) -> list[dict[str, Any]]:
+    manifest = bundles.read(bundle)
+    bundles.check_files(bundle, manifest)
     place = Path(manifest["task"], bundle.name)
-    checksums = {file["path"]: file["sha256"] for file in manifest["files"]}
+    listed = sorted(file["path"] for file in manifest["files"])
     entries = []
-    for main in sorted(checksums):
+    for main in listed:
         if not main.endswith((".tflite", "model.json")):
             continue
         # float32.tflite, or float32/model.json with its shards
         precision = Path(main).parts[0].removesuffix(".tflite")
         if precisions and not {precision, f"{bundle.name}/{precision}"} & {*precisions}:
             continue
-        files = [path for path in checksums if Path(path).parts[0] in (main, precision)]
+        files = [path for path in listed if Path(path).parts[0] in (main, precision)]
         size = sum((bundle / path).stat().st_size for path in files)
         if size > LARGEST:
             raise GrimaceError(
@@ -105,10 +109,6 @@ def _copy(manifest_path: Path, out: Path, precisions: list[str] | None) -> list[
                 "that a page may load; leave it out with --precisions"
             )
         for path in files:
-            if sha256(bundle / path) != checksums[path]:
-                raise GrimaceError(
-                    f"{bundle / path} is not the file that its manifest names; export it again"
-                )
             (out / place / path).parent.mkdir(parents=True, exist_ok=True)
             copyfile(bundle / path, out / place / path)
         entry = {

@@ -13,6 +13,8 @@ from pipelines.cli import GrimaceError
 if TYPE_CHECKING:
     from pipelines.demo import Frame
 
+INTERRUPT_MS = 100
+
 
 def show_frames(frames: "Iterator[Frame]", press: Callable[[str], bool], pause: float) -> None:
     """Show frames until they end or the window is closed.
@@ -26,6 +28,8 @@ def show_frames(frames: "Iterator[Frame]", press: Callable[[str], bool], pause: 
 
     Raises:
         GrimaceError: there is no screen, or this Python has no Tk.
+        Exception: what the frames or `press` raised; the window is closed then.
+        KeyboardInterrupt: Ctrl-C.
     """
     try:
         import tkinter
@@ -43,7 +47,7 @@ def show_frames(frames: "Iterator[Frame]", press: Callable[[str], bool], pause: 
     root.geometry("960x720")
     label = tkinter.Label(root, background="black", borderwidth=0)
     label.pack(expand=True, fill="both")
-    errors: list[Exception] = []
+    errors: list[BaseException] = []
     full_screen = False
     shown: Frame | None = None
     waiting, start = "", 0.0
@@ -54,12 +58,7 @@ def show_frames(frames: "Iterator[Frame]", press: Callable[[str], bool], pause: 
 
     def advance() -> None:
         nonlocal start
-        try:
-            frame = next(frames, None)
-        except Exception as error:  # Tk would print it and go on
-            errors.append(error)
-            root.destroy()
-            return
+        frame = next(frames, None)
         if frame is None:
             root.destroy()
             return
@@ -94,9 +93,19 @@ def show_frames(frames: "Iterator[Frame]", press: Callable[[str], bool], pause: 
             root.after_cancel(waiting)
             after(0.0, advance)
 
+    def fail(_kind: object, error: BaseException, _trace: object) -> None:
+        errors.append(error)  # Tk would print it and go on
+        root.destroy()
+
+    def stay_awake() -> None:
+        """Let Python see Ctrl-C, which it does not while Tk waits."""
+        root.after(INTERRUPT_MS, stay_awake)
+
+    root.report_callback_exception = fail
     root.bind("<Key>", pressed)
     label.bind("<Configure>", paint)  # into and out of full screen
     after(0.0, advance)
+    stay_awake()
     root.mainloop()
     if errors:
         raise errors[0]

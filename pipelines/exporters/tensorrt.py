@@ -53,6 +53,7 @@ def main() -> None:
     trt = find_tensorrt(target)
     engine = build_engine(trt, arguments.onnx, target)
     out = arguments.out or arguments.onnx.with_suffix(f".{target}.engine")
+    out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_name(f".{out.name}.partial")
     partial.write_bytes(engine)
     partial.replace(out)

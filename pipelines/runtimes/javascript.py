@@ -378,7 +378,8 @@ def _start_chromium(address: str, flags: tuple[str, ...], started: ExitStack) ->
     except Exception as error:
         raise UnavailableError(
             f"{executable} did not start ({str(error).splitlines()[0]}); set "
-            "GRIMACE_TFJS_HOST=node to run TF.js in Node"
+            "GRIMACE_TFJS_HOST=node to run TF.js in Node, and leave out what needs a browser in "
+            "`verify.runtimes`"
         ) from error
     return lambda: browser.chromium.is_connected() and not crashed.is_set()
 

@@ -1,12 +1,14 @@
 """The demo on pictures, folders, videos and bad input, with the models that come along."""
 
 import shutil
+import signal
 import subprocess
 import sys
 from argparse import Namespace
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
+from threading import Timer
 from time import monotonic
 
 import cv2
@@ -378,6 +380,17 @@ def test_an_out_that_cannot_be_written_is_said(main, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(GrimaceError, match="cannot be made a folder"):
         main("--folder", SAMPLE.parent, "--out", tmp_path / "file")
+    (tmp_path / "full.png").symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left"):  # which the command line has an advice for
+        main("--image", SAMPLE, "--out", tmp_path / "full.png")
+
+
+def test_a_picture_with_too_many_pixels_is_called_so(main, tmp_path, monkeypatch):
+    monkeypatch.setattr(demo, "MOST_PIXELS", 2_000_000)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)  # which the demo sets
+    Image.new("L", (1500, 1500)).save(tmp_path / "large.png")
+    with pytest.raises(GrimaceError, match="too large: more than 2 million pixels"):
+        main("--image", tmp_path / "large.png", "--out", tmp_path / "out.png")
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"input": {}}'])
@@ -438,7 +451,8 @@ def test_a_score_is_kept_and_eyes_stand_in_order():
 # Models
 
 
-def test_a_bundle_beside_its_manifest_opens(tmp_path):
+def test_a_bundle_beside_its_manifest_opens(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # for the key
     index = web.publish(_deploy(tmp_path), tmp_path / "models")
     opened = lite.open_models([], tmp_path / "models")
     assert opened.keys() == {"emotion"} and opened["emotion"].margin == 0.06  # FER's own framing
@@ -449,29 +463,47 @@ def test_a_bundle_beside_its_manifest_opens(tmp_path):
     manifest.write_text(manifest.read_text().replace('"up"', '"u"'))
     with pytest.raises(GrimaceError, match="earlier schema"):
         lite.open_models([str(file)])
-    with pytest.raises(GrimaceError, match="earlier schema"):
+    with pytest.raises(GrimaceError, match="was changed after it was signed"):
         web.publish(tmp_path / "deploy", tmp_path / "models")
+    assert lite.open_models([], tmp_path / "models").keys() == {"emotion"}  # as it was
 
 
 def test_a_changed_or_oversized_file_is_not_published(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     deploy = _deploy(tmp_path)
     with pytest.raises(GrimaceError, match="of precision float32"):
         web.publish(deploy, tmp_path / "models", ["float32"])
     monkeypatch.setattr(web, "LARGEST", 1000)
     with pytest.raises(GrimaceError, match="more than"):
         web.publish(deploy, tmp_path / "models")
-    monkeypatch.undo()
+    monkeypatch.setattr(web, "LARGEST", 2**20)
     file = deploy / "emotion/tflite/int8.tflite"
-    file.write_bytes(file.read_bytes()[:-1] + b"x")
-    with pytest.raises(GrimaceError, match="is not the file"):
+    content = file.read_bytes()
+    file.write_bytes(content[:-1] + b"x")
+    with pytest.raises(GrimaceError, match="its bytes are not those of the manifest"):
+        web.publish(deploy, tmp_path / "models")
+    file.unlink()
+    with pytest.raises(GrimaceError, match="is in the manifest but not there"):
         web.publish(deploy, tmp_path / "models")
     assert not (tmp_path / "models").exists()
 
 
+def test_only_models_are_replaced(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    deploy = _deploy(tmp_path)
+    with pytest.raises(GrimaceError, match="holds something that is not from here"):
+        web.publish(deploy, deploy)
+    web.publish(deploy, tmp_path / "models")
+    (tmp_path / "models/emotion/tflite/old.tflite").touch()
+    web.publish(deploy, tmp_path / "models")
+    assert not (tmp_path / "models/emotion/tflite/old.tflite").exists()
+
+
 def _deploy(folder: Path) -> Path:
     """A deploy folder with the emotion model that comes along, as if trained on FER-2013."""
-    import hashlib
     import json
+
+    from pipelines import bundles
 
     content = (lite.MODELS / "emotion/tflite/int8.tflite").read_bytes()
     entries = json.loads((lite.MODELS / "index.json").read_text())["models"]
@@ -479,12 +511,12 @@ def _deploy(folder: Path) -> Path:
     bundle = folder / "deploy" / "emotion" / "tflite"
     bundle.mkdir(parents=True)
     (bundle / "int8.tflite").write_bytes(content)
-    digest = hashlib.sha256(content).hexdigest()
     manifest = {key: entry[key] for key in ("task", "input", "output")} | {
-        "source": {"dataset": "fer2013"},
-        "files": [{"path": "int8.tflite", "bytes": len(content), "sha256": digest}],
+        "schema": bundles.SCHEMA,
+        "variants": {"int8": {"file": "int8.tflite", "precision": "int8"}},
+        "source": {"dataset": "fer2013", "model_sha256": "0" * 64},
     }
-    (bundle / "manifest.json").write_text(json.dumps(manifest))
+    bundles.seal(bundle, manifest)
     return folder / "deploy"
 
 
@@ -598,3 +630,14 @@ def test_the_window_keeps_the_time_of_a_video_and_tells_of_errors(screen):
     with pytest.raises(GrimaceError, match="broken"):
         show_frames(frames(), lambda key: True, pause=60.0)
     assert 0.5 <= monotonic() - start < 5
+
+
+def test_ctrl_c_closes_the_window_while_a_picture_stands(screen):
+    from pipelines.window import show_frames
+
+    still = demo.Frame(np.zeros((60, 80, 3), np.uint8))
+    start = monotonic()
+    Timer(0.5, signal.raise_signal, [signal.SIGINT]).start()
+    with pytest.raises(KeyboardInterrupt):
+        show_frames(iter([still]), lambda key: False, pause=60.0)
+    assert monotonic() - start < 30

@@ -95,11 +95,11 @@ def test_engines_are_built_for_the_named_targets(bundle):
 
 def test_the_command_builds_one_engine(bundle, tmp_path):
     graph = shutil.copy(bundle / "float32.onnx", tmp_path)
-    done = command("--onnx", graph, "--target", "sm89")
+    out = tmp_path / "new" / "float32.engine"
+    done = command("--onnx", graph, "--target", "sm89", "--out", out)
     assert done.returncode == 0, done.stderr
     assert "sm89" in done.stdout and "tensorrt_rtx" in done.stdout
-    out = tmp_path / "float32.sm89.engine"
-    assert {path.name for path in tmp_path.iterdir()} == {"float32.onnx", out.name}
+    assert list(out.parent.iterdir()) == [out]
     assert out.stat().st_size > (bundle / "int8.sm89.engine").stat().st_size
 
 
