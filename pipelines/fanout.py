@@ -198,7 +198,7 @@ def _connect(address: str) -> None:
 
     code = {
         "py_modules": [str(ROOT / package) for package in ("pipelines", "models")],
-        "excludes": ["node_modules"],
+        "excludes": ["node_modules", "__pycache__"],
     }
     host, _, port = address.removeprefix("ray://").rpartition(":")
     try:

@@ -19,7 +19,7 @@ from rich.table import Table
 
 from pipelines import tracking
 from pipelines.cli import COSTS, GrimaceError, run, whole_folder
-from pipelines.verify import DECIDES
+from pipelines.measures import DECIDES
 
 COLUMNS = ("task", "what", "runs in", "metric", "95 % interval", "size", "latency", "verdict")
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 import yaml
+from xdist.scheduler import LoadFileScheduling
 
 # Prefect is imported before anything else: importing it closes the log handlers there are, and
 # of those that came before, absl's holds a stream of pytest's that pytest still needs.
@@ -26,14 +27,49 @@ if TYPE_CHECKING:
     from pipelines.registry import Registry
 
 ROOT = Path(__file__).parents[1]
-# Files that take minutes go first, so that no process is left with one when the other has finished.
-LONGEST = ("test_graph.py", "test_cluster.py", "test_fit.py", "test_sweep.py", "test_promote.py")
+# Or each of the many processes that tests start would compile all that it imports.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
+
+# What takes minutes goes first, so that no process is left with it when the other has finished.
+LONGEST = (
+    "tests/test_graph.py",
+    "tests/flows",
+    "tests/pipelines/test_cluster.py",
+    "tests/pipelines/test_compare.py",
+    "tests/pipelines/test_fit.py",
+    "tests/web/test_page.py",
+    "tests/benchmarks/test_zoo.py",
+    "tests/benchmarks/test_scores.py",
+)
+# Files that a single process is given, because they share what is costly to make; and those of
+# `flows`, which mostly wait and leave the cores to the other process.
+TOGETHER = {
+    f"tests/pipelines/test_{name}.py": "world"
+    for name in ("compare", "evaluate", "export", "register", "report", "select", "verify")
+}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Order the files; within each, tests stay as they are."""
-    place = {name: number for number, name in enumerate(LONGEST)}
-    items.sort(key=lambda item: place.get(item.path.name, len(LONGEST)))
+    items.sort(key=lambda item: _place(item.nodeid))
+
+
+def _place(test: str) -> int:
+    return next((i for i, start in enumerate(LONGEST) if test.startswith(start)), len(LONGEST))
+
+
+class Together(LoadFileScheduling):
+    """Hands out a file at a time, and some files together."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file: str = super()._split_scope(nodeid)
+        return "flows" if file.startswith("tests/flows/") else TOGETHER.get(file, file)
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadFileScheduling | None:
+    """Replace what `--dist loadfile` does, as pyproject.toml has it."""
+    return Together(config, log) if config.getoption("dist") == "loadfile" else None
 
 
 class Server(ThreadingHTTPServer):

@@ -32,6 +32,7 @@ def workspace(tmp_path_factory):
     params = yaml.safe_load((ROOT / "params.yaml").read_text())
     params["download"]["synthetic"]["count"] = 210
     params["filter"]["overrides"] = {}  # FER-2013's own trains networks
+    params["filter"]["workers"] = params["augment"]["workers"] = 1  # test_filter has more
     del params["train"]["jobs"]["landmarks-compact"], params["sweep"]["jobs"]["landmarks-compact"]
     for task in ("emotion", "landmarks"):
         params["augment"][task]["views"] = 2

@@ -138,7 +138,7 @@ def _make_service(root: Path, **environment: str) -> Service:
     own = {
         "PYTHONPATH": str(ROOT),
         "PREFECT_HOME": str(root / "home"),
-        "PREFECT_WORKER_QUERY_SECONDS": "2",
+        "PREFECT_WORKER_QUERY_SECONDS": "0.5",
     }
     return Service(root, *ports, {**inherited, **own, **environment})
 

@@ -4,7 +4,7 @@ import keras
 import numpy as np
 import pytest
 
-from models import decoders, emotion, landmarks
+from models import decoders, landmarks
 
 IMAGES = np.random.default_rng(1).integers(0, 256, (3, 32, 32, 1)).astype(np.float32)
 
@@ -84,13 +84,12 @@ def test_the_graph_can_be_cut_before_decoding(name: str) -> None:
     assert np.array_equal(predict(tail, predict(head, IMAGES)), predict(model, IMAGES))
 
 
-@pytest.mark.parametrize("name", ["simcc", "heatmap", "mobilenet_v2"])
+@pytest.mark.parametrize("name", ["simcc", "heatmap"])
 def test_it_converts_to_tflite(name: str, tmp_path: Path) -> None:
     import tensorflow as tf
     from ai_edge_litert.interpreter import Interpreter
 
-    mobile = name == "mobilenet_v2"
-    model = emotion.build(name, (), 32, 1, 0.0) if mobile else sharp(name)
+    model = sharp(name)
     model.export(
         tmp_path,
         format="tf_saved_model",
