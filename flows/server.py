@@ -1,4 +1,4 @@
-"""Prefect's server for one machine: on sqlite, its transactions wait for each other.
+"""Prefect's server for one machine: on sqlite, its transactions wait, and its memory is bounded.
 
 `python -m flows.server --host 127.0.0.1 --port 4200` is `prefect server start` with those options,
 but for how a transaction on sqlite begins. Prefect begins most of them as readers. One that reads
@@ -6,7 +6,8 @@ and writes afterwards then fails with "database is locked" wherever another has 
 and at once, because a reader's snapshot grows no fresher by waiting (https://sqlite.org/isolation.html;
 Prefect issue 18934). Here each takes the right to write as it begins, so that it waits instead, for
 up to the minute that Prefect's connections allow. Plain reads begin no transaction and never wait.
-On PostgreSQL nothing is changed.
+Nor does a connection keep up to 80 MB of the database in memory, of which there may be fifteen. On
+PostgreSQL nothing is changed.
 """
 
 from __future__ import annotations
@@ -20,7 +21,11 @@ from prefect.server.database.configurations import AioSqliteConfiguration
 from prefect.server.database.dependencies import set_database_config
 from prefect.settings import PREFECT_API_DATABASE_CONNECTION_URL
 from sqlalchemy import make_url
+from sqlalchemy.engine.interfaces import DBAPIConnection
 from sqlalchemy.ext.asyncio import AsyncSession, AsyncSessionTransaction
+from sqlalchemy.pool import ConnectionPoolEntry
+
+CACHE_KIB = 4096  # of the database, in the memory of each connection
 
 
 def main() -> None:
@@ -34,6 +39,13 @@ def main() -> None:
 
 class WaitingSqlite(AioSqliteConfiguration):
     """Prefect's sqlite, where whoever begins a transaction waits until no other writes."""
+
+    def setup_sqlite(self, conn: DBAPIConnection, record: ConnectionPoolEntry) -> None:
+        """Set up a connection, with a smaller cache."""
+        super().setup_sqlite(conn, record)
+        cursor = conn.cursor()
+        cursor.execute(f"PRAGMA cache_size = -{CACHE_KIB}")  # in KiB where it is negative
+        cursor.close()
 
     @asynccontextmanager
     async def begin_transaction(

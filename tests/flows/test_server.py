@@ -6,7 +6,7 @@ from prefect.server.database.configurations import AioSqliteConfiguration
 from sqlalchemy import text
 from sqlalchemy.exc import OperationalError
 
-from flows.server import WaitingSqlite
+from flows.server import CACHE_KIB, WaitingSqlite
 
 
 async def read_then_write_beside_a_writer(config: AioSqliteConfiguration) -> list[str]:
@@ -42,6 +42,18 @@ async def read_then_write_beside_a_writer(config: AioSqliteConfiguration) -> lis
 def test_who_reads_before_writing_keeps_others_waiting_instead_of_failing(tmp_path: Path) -> None:
     config = WaitingSqlite(connection_url=f"sqlite+aiosqlite:///{tmp_path}/prefect.db")
     assert asyncio.run(read_then_write_beside_a_writer(config)) == ["reader", "writer"]
+
+
+def test_a_connection_keeps_little_of_the_database_in_memory(tmp_path: Path) -> None:
+    async def cache(config: AioSqliteConfiguration) -> int:
+        async with (await config.engine()).connect() as connection:
+            return int((await connection.execute(text("PRAGMA cache_size"))).scalar_one())
+
+    url = f"sqlite+aiosqlite:///{tmp_path}/prefect.db"
+    assert asyncio.run(cache(WaitingSqlite(connection_url=url))) == -CACHE_KIB
+    assert (
+        asyncio.run(cache(AioSqliteConfiguration(connection_url=url))) == 20_000
+    )  # pages of 4 KiB
 
 
 def test_prefect_alone_still_fails_so_that_the_server_is_needed(tmp_path: Path) -> None:
