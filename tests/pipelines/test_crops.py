@@ -163,7 +163,7 @@ UNREADABLE = {
     "start of a JPEG": (encode(NOISE, "JPEG")[:10], "[a-z]"),
     "half a PNG": (encode(NOISE)[:4000], "truncated"),
     "PNG overwritten at its end": (damaged_png(), "[a-z]"),
-    "bomb": (bomb(), "decompression bomb"),
+    "bomb": (bomb(), "too large: more than"),
 }
 
 
