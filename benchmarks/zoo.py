@@ -90,11 +90,12 @@ def main() -> None:
     args = parser.parse_args()
     if args.out.exists() and not (args.out / "results.json").exists():
         raise GrimaceError(f"{args.out} would be replaced, and holds no results: name another")
+    where = machine()  # before the results are written, which Git sees as a change
     rows = [row for row in earlier(args.out) if row["network"] not in args.networks]
     for name in tqdm(args.networks, "networks", disable=None):
         rows += try_network(name, args.engines)
         rows.sort(key=lambda row: NETWORKS.index(row["network"]))  # a stable sort
-        write(rows, args.out)  # at once: large networks take minutes
+        write(rows, args.out, where)  # at once: large networks take minutes
     print(markdown(table(rows), COLUMNS))
 
 
@@ -105,9 +106,8 @@ def earlier(folder: Path) -> list[Row]:
     return [row for row in rows if row["network"] in NETWORKS]
 
 
-def write(rows: list[Row], folder: Path) -> None:
+def write(rows: list[Row], folder: Path, where: dict[str, str]) -> None:
     """Write README.md and results.json."""
-    where = machine()
     with whole_folder(folder) as out:
         (out / "results.json").write_text(json.dumps({"machine": where, "rows": rows}, indent=2))
         (out / "README.md").write_text(page(rows, where))
@@ -122,8 +122,8 @@ def try_network(name: str, engines: list[str]) -> list[Row]:
 
     Returns:
         A row a variant, or a row a target where its exporter failed: `network`, `parameters`,
-        `variant` ("tflite/int8"), `precision`, `bytes`, `runtime`, `difference` (the largest of
-        any output from Keras's), `spread` (standard deviation of Keras's answers over the faces),
+        `variant` ("tflite/int8"), `precision`, `bytes`, `runtime`, `difference` (the mean of
+        outputs from Keras's), `spread` (standard deviation of Keras's answers over the faces),
         `passed` and `why`; what is not known is None.
     """
     with TemporaryDirectory() as scratch:
