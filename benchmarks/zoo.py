@@ -291,14 +291,14 @@ def page(rows: list[Row], where: dict[str, str]) -> str:
     engines = [row for row in rows if row["variant"].startswith("tensorrt/int8.")]
     graphs = [row for row in rows if row not in engines]
     exact = [row for row in graphs if row["precision"] == "float32"]
-    built, run, same = (sum(row["passed"] for row in some) for some in (engines, graphs, exact))
+    built, ran, same = (sum(row["passed"] for row in some) for some in (engines, graphs, exact))
     networks = {row["network"] for row in rows}
     missing = [name for name in NETWORKS if name not in networks]
     unrun = f"Not run: {', '.join(missing)}.\n\n" if missing else ""
     facts = "".join(f"- {name}: {value}\n" for name, value in where.items())
     return (
         f"# Does every network export?\n\nWritten by `python -m benchmarks.zoo`: {len(networks)} "
-        f"of {len(NETWORKS)} networks. {run} of {len(graphs)} graphs were exported and run, and "
+        f"of {len(NETWORKS)} networks. {ran} of {len(graphs)} graphs were exported and run, and "
         f"{same} of the {len(exact)} in float32 answer as Keras does; {built} of {len(engines)} "
         "TensorRT engines were built, and not run.\n\n"
         "Weights are random (ImageNet's were not fetched for the transfer networks), scaled so "
