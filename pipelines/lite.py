@@ -69,15 +69,23 @@ def open_models(names: list[str], folder: Path = MODELS, threads: int = 1) -> di
         The models by task.
 
     Raises:
-        GrimaceError: a file, a manifest or the precision is not there, or a model does not open.
+        GrimaceError: a file, a manifest or the precision is not there, two files are for one task,
+            or a model does not open.
     """
     files = [Path(name) for name in names if name.endswith(".tflite")]
     if files and len(files) != len(names):
         raise GrimaceError("--model takes .tflite files or one precision, not both")
     if len(names) > 1 and not files:
         raise GrimaceError("--model takes one precision, or .tflite files with a manifest.json")
-    entries = [_described(file) for file in files] or _listed(folder, *names)
-    return {entry["task"]: _open(entry, threads) for entry in reversed(entries)}
+    chosen: dict[str, dict[str, Any]] = {}
+    for entry in [_described(file) for file in files] or _listed(folder, *names):
+        first = chosen.setdefault(entry["task"], entry)
+        if files and first is not entry:
+            raise GrimaceError(
+                f"{first['file']} and {entry['file']} are both for {entry['task']}; --model takes "
+                "one file a task"
+            )
+    return {task: _open(entry, threads) for task, entry in chosen.items()}
 
 
 def _listed(folder: Path, precision: str = "") -> list[dict[str, Any]]:

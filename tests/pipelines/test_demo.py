@@ -1,5 +1,6 @@
 """The demo on pictures, folders, videos and bad input, with the models that come along."""
 
+import json
 import shutil
 import signal
 import subprocess
@@ -451,6 +452,21 @@ def test_a_score_is_kept_and_eyes_stand_in_order():
 # Models
 
 
+def test_no_file_is_opened_but_those_that_answer(monkeypatch):
+    opened = []
+    load = lite.runtimes.load
+    monkeypatch.setattr(
+        lite.runtimes, "load", lambda path, threads: opened.append(path) or load(path, threads)
+    )
+    models = lite.open_models([])
+    listed = json.loads((lite.MODELS / "index.json").read_text())["models"]
+    assert models.keys() == {entry["task"] for entry in listed}
+    assert len(opened) == len(models)
+    for task, model in models.items():  # the first that is listed
+        entries = [e for e in listed if e["task"] == task and e["runtime"] == "litert"]
+        assert model.precision == entries[0]["precision"]
+
+
 def test_a_bundle_beside_its_manifest_opens(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # for the key
     index = web.publish(_deploy(tmp_path), tmp_path / "models")
@@ -459,6 +475,8 @@ def test_a_bundle_beside_its_manifest_opens(tmp_path, monkeypatch):
     assert [entry["runtime"] for entry in index] == ["litert"]
     file = tmp_path / "deploy/emotion/tflite/int8.tflite"
     assert lite.open_models([str(file)])["emotion"].up == 0.14
+    with pytest.raises(GrimaceError, match="are both for emotion; --model takes one file a task"):
+        lite.open_models([str(file), str(file)])
     manifest = file.with_name("manifest.json")
     manifest.write_text(manifest.read_text().replace('"up"', '"u"'))
     with pytest.raises(GrimaceError, match="earlier schema"):

@@ -13,10 +13,11 @@ self.addEventListener("message", (event) => {
 
 async function keep(urls) {
   const cache = await caches.open(KEPT);
-  const results = await Promise.allSettled(urls.map((url) => cache.add(url))); // one missing spoils no other
+  await Promise.allSettled(urls.map((url) => cache.add(url))); // one missing spoils no other
   const wanted = new Set(urls);
   for (const request of await cache.keys()) if (!wanted.has(request.url)) await cache.delete(request);
-  return urls.filter((_, i) => results[i].status === "rejected");
+  const kept = await Promise.all(urls.map((url) => cache.match(url))); // now, or when there was a network
+  return urls.filter((_, i) => !kept[i]);
 }
 
 self.addEventListener("fetch", (event) => {

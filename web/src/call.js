@@ -104,16 +104,9 @@ export function createCall(onState, onFace) {
     counts.bytesOut += message.length;
   }
 
-  /** Totals since the call began; `wireOut` counts all bytes sent below SCTP, DTLS included. */
+  /** Totals since the call began; `wireOut`: as `onTheWire` has it, 0 before there is a peer. */
   async function statistics() {
-    let wireOut = 0;
-    if (peer) {
-      for (const report of (await peer.getStats()).values()) {
-        // IPv4 and UDP headers, 28 bytes a packet, are not in the browser's count.
-        if (report.type === "transport") wireOut += report.bytesSent + 28 * (report.packetsSent ?? 0);
-      }
-    }
-    return { ...counts, wireOut };
+    return { ...counts, wireOut: peer ? onTheWire([...(await peer.getStats()).values()]) : 0 };
   }
 
   async function invite() {
@@ -211,6 +204,22 @@ export function createCall(onState, onFace) {
   }
 
   return { invite, accept, complete, findTab, send, statistics, hangUp: () => hangUp() };
+}
+
+/**
+ * Bytes sent so far below SCTP, DTLS included: of the transport or, in browsers that do not count
+ * there, of the pair of addresses in use; NaN where neither counts.
+ *
+ * @param {object[]} reports of `RTCPeerConnection.getStats`
+ */
+export function onTheWire(reports) {
+  const counting = reports.filter(({ bytesSent }) => Number.isFinite(bytesSent));
+  const transports = counting.filter(({ type }) => type === "transport");
+  const pairs = counting.filter(({ type, nominated }) => type === "candidate-pair" && nominated);
+  const used = transports.length ? transports : pairs;
+  // IPv4 and UDP headers, 28 bytes a packet, are not in the browser's count.
+  const sent = ({ bytesSent, packetsSent }) => bytesSent + 28 * (packetsSent ?? 0);
+  return used.length ? used.reduce((sum, report) => sum + sent(report), 0) : NaN;
 }
 
 function noCounts() {

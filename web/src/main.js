@@ -365,11 +365,12 @@ async function showTraffic() {
   const now = performance.now() / 1000;
   const totals = await call.statistics();
   const seconds = now - counted.time;
-  const kilobits = (key) => Math.max(0, ((totals[key] - (counted[key] ?? 0)) * 8) / seconds / 1000);
-  const perSecond = (key) => Math.max(0, (totals[key] - (counted[key] ?? 0)) / seconds);
   const live = document.body.dataset.call === "connected";
-  $("kbits-points").textContent = live ? kilobits("bytesOut").toFixed(1) : "–";
-  $("kbits-wire").textContent = live ? kilobits("wireOut").toFixed(1) : "–";
+  const kilobits = (key) => Math.max(0, ((totals[key] - (counted[key] ?? 0)) * 8) / seconds / 1000);
+  const told = (rate) => (live && Number.isFinite(rate) ? rate.toFixed(1) : "–"); // some browsers do not count
+  const perSecond = (key) => Math.max(0, (totals[key] - (counted[key] ?? 0)) / seconds);
+  $("kbits-points").textContent = told(kilobits("bytesOut"));
+  $("kbits-wire").textContent = told(kilobits("wireOut"));
   $("frames-out").textContent = live ? perSecond("framesOut").toFixed(0) : "–";
   $("frames-in").textContent = live ? perSecond("framesIn").toFixed(0) : "–";
   counted = { ...totals, time: now };

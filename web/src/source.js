@@ -171,8 +171,38 @@ async function isAnimated(file) {
 
 /** Whether a picture lacks its end: browsers show what there is of it and say nothing. */
 async function isCut(file) {
-  const ends = { "image/png": [0x49, 0x45, 0x4e, 0x44], "image/jpeg": [0xff, 0xd9] }[file.type];
-  if (!ends) return false;
-  const tail = new Uint8Array(await file.slice(-65536).arrayBuffer()); // cameras append things
-  return !tail.some((_, i) => ends.every((byte, j) => tail[i + j] === byte));
+  const hasEnd = { "image/png": pngHasEnd, "image/jpeg": jpegHasEnd }[file.type];
+  return hasEnd ? !hasEnd(new Uint8Array(await file.arrayBuffer())) : false;
+}
+
+/**
+ * Whether a PNG's chunks come to the one that ends it; what cameras append behind does not matter.
+ *
+ * @param {Uint8Array} bytes
+ */
+export function pngHasEnd(bytes) {
+  const view = new DataView(bytes.buffer, bytes.byteOffset, bytes.length);
+  // Each chunk: its length, its name, its data and a checksum.
+  for (let at = 8; at + 12 <= bytes.length; at += view.getUint32(at) + 12) {
+    if (view.getUint32(at + 4) === 0x49454e44) return true; // IEND
+  }
+  return false;
+}
+
+/**
+ * Whether a JPEG's segments come to its end marker: not that of the small picture within its
+ * metadata, nor what may look like one in a film behind it.
+ *
+ * @param {Uint8Array} bytes
+ */
+export function jpegHasEnd(bytes) {
+  let at = 2;
+  while (at + 1 < bytes.length) {
+    const marker = bytes[at + 1];
+    if (bytes[at] !== 0xff || marker === 0xff) at += 1; // coded pixels, or padding
+    else if (marker === 0xd9) return true;
+    else if (marker <= 0x01 || (marker >= 0xd0 && marker <= 0xd8)) at += 2; // in pixels: 255, a restart
+    else at += 2 + ((bytes[at + 2] << 8) | bytes[at + 3]); // a segment with its length
+  }
+  return false;
 }
