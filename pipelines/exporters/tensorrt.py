@@ -1,7 +1,7 @@
 """TensorRT: quantised ONNX graphs, and engines built from them ahead of time.
 
 The command line turns such a graph into an engine where TensorRT is all there is, on a server or
-a Jetson: `python -m pipelines.exporters.tensorrt --onnx int8.onnx --out int8.engine`.
+a Jetson: `python -m pipelines.exporters.tensorrt --onnx int8.onnx`.
 """
 
 import argparse
@@ -44,15 +44,20 @@ def main() -> None:
         "this machine. Another GPU than this machine's needs TensorRT for RTX",
     )
     parser.add_argument(
-        "--out", type=Path, help="the engine file to write; default: GRAPH.TARGET.engine beside it"
+        "--out", type=Path, help="the engine file to write; default: GRAPH.TARGET.engine, here"
     )
     arguments = parser.parse_args()
     target = arguments.target or capability_here()
     if target is None:
         raise GrimaceError("this machine has no NVIDIA GPU to build for; name one with --target")
+    out = arguments.out or Path(f"{arguments.onnx.stem}.{target}.engine")
+    if (out.parent / "manifest.sig").exists():  # `pipelines.bundles` needs more than TensorRT
+        raise GrimaceError(
+            f"{out.parent.resolve()} is a signed bundle, and with a file more it would be refused; "
+            "name another folder with --out"
+        )
     trt = find_tensorrt(target)
     engine = build_engine(trt, arguments.onnx, target)
-    out = arguments.out or arguments.onnx.with_suffix(f".{target}.engine")
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_name(f".{out.name}.partial")
     partial.write_bytes(engine)

@@ -1,6 +1,7 @@
 """Ours against another's on a handful of drawn faces, each a real file in its real runtime."""
 
 import json
+import shutil
 from pathlib import Path
 from zipfile import ZipFile
 
@@ -58,9 +59,14 @@ def test_both_answer_on_the_same_faces_in_their_own_crops(
     ours = tmp_path / "deploy/emotion/tflite"
     made = deploy.convert(tmp_path / "ours.keras", tmp_path)
     ours.mkdir(parents=True)
-    made["int8 weights"].rename(ours / "int8.tflite")
-    with deploy.contestants("emotion", wheels, params) as found:
-        results = deploy.measure("emotion", found, None, params, rounds=3)
+    for name in ("int8", "dynamic"):
+        shutil.copy(made["int8 weights"], ours / f"{name}.tflite")
+    made["float32"].rename(ours / "float32.tflite")
+    with deploy.contestants("emotion", wheels, params) as (own, others):
+        assert [each.name for each in own] == [
+            f"Grimace, {how}" for how in ("int8", "int8 weights", "float32")
+        ]
+        results = deploy.measure("emotion", [own[0], *others], None, params, rounds=3)
     faces = deploy.test_faces("emotion", None, params)
     happy, angry = ((faces.emotions == place).mean() for place in (EMOTIONS.index("happy"), 0))
     first, *others = results["rows"]
@@ -72,8 +78,11 @@ def test_both_answer_on_the_same_faces_in_their_own_crops(
         assert row["difference"]["accuracy"]["mean"] == pytest.approx(happy - angry)
         assert row["smaller"] == row["bytes"] / first["bytes"]
         assert row["faster"] > 0 and len(row["milliseconds"]) == 3
-    told = {"command": "it", "date": "today", "tasks": {"emotion": results}}
-    assert f"## Emotion: {len(faces.ids)} faces" in deploy.page(told)
+    notes = {"fer": deploy.note_of(wheels, "emotion")}
+    told = {"command": "it", "date": "today", "tasks": {"emotion": results}, "notes": notes}
+    page = deploy.page(told)
+    assert f"## Emotion: {len(faces.ids)} faces" in page
+    assert "- *fer*: the mini-Xception" in page
 
 
 def test_a_training_is_quantised_and_measured_too(
@@ -92,9 +101,11 @@ def test_a_training_is_quantised_and_measured_too(
     assert deploy.of_task([folder], "landmarks") == []
     with pytest.raises(GrimaceError, match="emotion-small-2 holds no finished training"):
         deploy.of_task([folder, empty], "emotion")
-    with deploy.contestants("emotion", wheels, params, folder) as found:
-        (first,) = deploy.measure("emotion", found[:1], None, params, rounds=1)["rows"]
-    assert first["name"] == "Grimace emotion-small-1, int8"
+    with deploy.contestants("emotion", wheels, params, folder) as (own, _):
+        rows = deploy.measure("emotion", own, None, params, rounds=1)["rows"]
+    names = [f"Grimace emotion-small-1, {how}" for how in ("int8", "int8 weights", "float32")]
+    assert [row["name"] for row in rows] == names
+    first = rows[0]
     sad = (faces.emotions == EMOTIONS.index("sad")).mean()
     assert first["accuracy"]["mean"] == pytest.approx(sad)
 

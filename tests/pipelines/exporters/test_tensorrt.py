@@ -1,3 +1,4 @@
+import os
 import shutil
 import subprocess
 import sys
@@ -112,9 +113,26 @@ def test_a_damaged_graph_is_refused_and_leaves_nothing(bundle, tmp_path):
     assert list(tmp_path.iterdir()) == [graph]
 
 
-def command(*arguments) -> subprocess.CompletedProcess[str]:
+def test_an_engine_lands_here_and_never_in_a_signed_bundle(bundle, tmp_path):
+    graph = shutil.copy(bundle / "float32.onnx", tmp_path)
+    signed = tmp_path / "signed"
+    signed.mkdir()
+    (signed / "manifest.sig").touch()
+    done = command("--onnx", graph, "--target", "sm89", "--out", signed / "a.engine")
+    assert done.returncode == 1 and "signed is a signed bundle" in done.stderr
+    here = tmp_path / "here"
+    here.mkdir()
+    done = command("--onnx", graph, "--target", "sm89", cwd=here)
+    assert done.returncode == 0, done.stderr
+    assert [path.name for path in here.iterdir()] == ["float32.sm89.engine"]
+
+
+def command(*arguments, cwd=REPOSITORY) -> subprocess.CompletedProcess[str]:
     run = [sys.executable, "-m", "pipelines.exporters.tensorrt", *arguments]
-    return subprocess.run(run, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+    return subprocess.run(
+        run, cwd=cwd, env=environment, capture_output=True, text=True, check=False
+    )
 
 
 def test_an_unknown_target_is_answered_with_the_known_ones(bundle):
