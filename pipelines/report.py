@@ -80,9 +80,48 @@ def publish(rows: list[tuple[str, ...]], command: str, out: Path) -> None:
     facts = "".join(f"- {name}: {value}\n" for name, value in everything["machine"].items())
     (out / "README.md").write_text(
         f"# Results\n\nWritten by `python -m pipelines.report --publish`, after\n\n"
-        f"```\n{command}\n```\n\n{markdown(rows)}\n## Where\n\n{facts}\n"
+        f"```\n{command}\n```\n\n{markdown(rows)}\n"
+        + "".join(numbers(task, everything[task]) for task in DECIDES)
+        + f"## Where\n\n{facts}\n"
         f"## What each stage took\n\n{markdown(cost_rows, ('stage', 'time', 'peak memory'))}\n"
         f"## Curves\n\n" + "".join(f"![{name}]({name})\n" for name in pictures)
+    )
+
+
+def numbers(task: str, found: dict[str, Any]) -> str:
+    """Return what deployables lose against Keras, and what they cost, as two Markdown tables.
+
+    Args:
+        task: "emotion" or "landmarks".
+        found: `numerics` and `perf` as `verify` wrote them.
+    """
+    emotion = task == "emotion"
+    losses: list[tuple[str, ...]] = []
+    for name, row in found["numerics"].items():
+        unit = (lambda loss: f"{loss:+.2f}") if emotion else (lambda loss: f"{loss:+.2%}")
+        low, high = map(unit, row["loss_ci95"])
+        same = (
+            f"{row['agreement']:.1%} same decisions"
+            if emotion
+            else "{:.3%}, {:.3%}".format(*row["agreement"])
+        )
+        golden = f"{row['golden']['difference']:.1g} of {row['golden']['tolerance']:g}"
+        losses.append((name, f"{row['n']:,}", unit(row["loss"]), f"{low} to {high}", same, golden))
+    spent: list[tuple[str, ...]] = []
+    for name, row in found["perf"].items():
+        many = row.get("all_threads")
+        latency = "{p50_ms:.2f}, {p95_ms:.2f} ms"
+        more = f"{latency} ({{threads}})".format(**many) if many else ""
+        load, memory = f"{row['load_ms']:.0f} ms", f"{row['memory_mib']:.1f} MiB"
+        runtime = row["runtime"] + (", GPU in software" if row["software"] else "")
+        spent.append((name, runtime, _mib(row["bytes"]), load, memory, latency.format(**row), more))
+    lost = "points lost" if emotion else "rise of the NME"
+    agree = "agrees with Keras" if emotion else "apart from Keras, median and 95 % of faces"
+    heads = ("deployable", "faces", lost, "95 % interval", agree, "golden, off by")
+    costs_head = ("deployable", "runs in", "size", "load", "memory", "p50, p95", "all threads")
+    return (
+        f"## {task.capitalize()}: what is lost\n\n{markdown(losses, heads)}\n"
+        f"## {task.capitalize()}: what it costs\n\n{markdown(spent, costs_head)}\n"
     )
 
 

@@ -75,6 +75,9 @@ def _losses(task: str, numerics: Rows, perf: Rows, budgets: dict[str, Any]) -> l
         }
         if emotion:
             figures["same decision"] = row["agreement"]
+        else:
+            middle, high = row["agreement"]
+            figures |= {"points apart, median": middle, "95 % of faces within": high}
         figures |= {
             "largest difference": row["max_difference"],
             "golden, off by": row["golden"]["difference"],
@@ -87,6 +90,8 @@ def _losses(task: str, numerics: Rows, perf: Rows, budgets: dict[str, Any]) -> l
         name: "{:.2%}",
         unit: "{:+.2f}" if emotion else "{:+.2%}",
         "same decision": "{:.1%}",
+        "points apart, median": "{:.3%}",
+        "95 % of faces within": "{:.3%}",
         "largest difference": "{:.2g}",
         "golden, off by": "{:.1g}",
     }
@@ -94,7 +99,8 @@ def _losses(task: str, numerics: Rows, perf: Rows, budgets: dict[str, Any]) -> l
         pages.table(pd.DataFrame(rows), "Against the Keras model on the same faces", formats),
         pages.note(
             "The interval of what is lost is of the difference, both models on the same resamples "
-            "of whole groups. Differences are of outputs: probabilities, or crop coordinates. "
+            "of whole groups. Differences are of outputs: probabilities, or crop coordinates. What "
+            "points are apart is a share of the distance between the eyes, a mean over each face. "
             "Golden images are drawn faces whose answers the bundle carries. A browser without a "
             "GPU imitates one in software: that is slow, so it has some of the faces alone, evenly "
             "spaced, and is not judged."

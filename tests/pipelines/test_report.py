@@ -1,5 +1,6 @@
 import csv
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -167,6 +168,19 @@ def test_the_page_has_everything_but_faces(copy):
     everything = json.loads((page / "results.json").read_text())
     assert everything["emotion"]["budgets"]["passed"] is True
     assert everything["landmarks"]["validation"].keys() == {"plain", "compact"}
+    for task in ("emotion", "landmarks"):
+        numerics, perf = (everything[task][name] for name in ("numerics", "perf"))
+        lost, costs = (
+            text.partition(f"## {task.capitalize()}: {what}\n")[2].partition("\n## ")[0]
+            for what in ("what is lost", "what it costs")
+        )
+        for name, row in numerics.items():
+            (told,) = re.findall(rf"^\| {name} \| {row['n']} \| (\S+) \|", lost, re.MULTILINE)
+            loss = float(told) if task == "emotion" else float(told.rstrip("%")) / 100
+            assert loss == pytest.approx(row["loss"], abs=0.005 if task == "emotion" else 5e-5)
+            (told,) = re.findall(rf"^\| {name} \| (.+) \|$", costs, re.MULTILINE)
+            assert f"{perf[name]['p50_ms']:.2f}, {perf[name]['p95_ms']:.2f} ms |" in told
+            assert perf[name]["runtime"] in told
     pictures = {path.name for path in page.glob("*.png")}
     assert {"emotion-test-confusion.png", "landmarks-plain-ced.png"} <= pictures
     assert not any("worst" in name for name in pictures)
