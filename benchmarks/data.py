@@ -36,7 +36,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import psutil
 
-from benchmarks.publication import show
+from benchmarks.publication import others_share, show
 from pipelines.cli import GrimaceError, run
 
 if TYPE_CHECKING:
@@ -74,6 +74,7 @@ def main() -> None:
     if args.measure:
         print(json.dumps(measured(args.measure, args.work, args.part)))
         return
+    busy = others_share()
     total = prepare(args.archive, args.work, args.limit)
     rounds = [{arm: in_its_own_process(arm, args) for arm in COMPARED} for _ in range(args.repeats)]
     others = {arm: in_its_own_process(arm, args) for arm in OTHERS}
@@ -82,6 +83,7 @@ def main() -> None:
         + (f" --limit {args.limit}" if args.limit else "")
         + f" --repeats {args.repeats}",
         "date": f"{datetime.now(UTC):%Y-%m-%d}",
+        "others_share": busy,
         "images": total,
         "rounds": rounds,
         "others": others,

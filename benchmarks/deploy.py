@@ -38,7 +38,7 @@ from tqdm import tqdm
 
 from benchmarks.filtering import estimate
 from benchmarks.others import PACKAGES, Package, open_lite, package_of
-from benchmarks.publication import show
+from benchmarks.publication import others_share, show
 from benchmarks.scores import FIGURES, percent, test_faces
 from pipelines.cli import GrimaceError, run
 from pipelines.job import read_job
@@ -78,6 +78,7 @@ def main() -> None:
     args = _arguments()
     params = load_params()
     results: dict[str, Any] = {"date": f"{datetime.now(UTC):%Y-%m-%d}", "tasks": {}, "notes": {}}
+    results["others_share"] = others_share()
     archives: dict[TaskName, Path | None] = {"emotion": args.emotion, "landmarks": args.landmarks}
     for task, archive in archives.items():
         for model in (None, *of_task(args.models, task)) if archive else ():

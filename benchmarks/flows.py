@@ -33,7 +33,7 @@ from typing import Any
 import psutil
 import yaml
 
-from benchmarks.publication import show
+from benchmarks.publication import others_share, show
 from flows.up import FOLDER as SERVICE
 from pipelines.cli import GrimaceError, run
 
@@ -65,6 +65,7 @@ def main() -> None:
     results: dict[str, Any] = {
         "command": " ".join(["python -m benchmarks.flows", *sys.argv[1:]]),
         "date": f"{datetime.now(UTC):%Y-%m-%d}",
+        "others_share": others_share(),
     }
     with service(clones["flow"]) as client:
         if "full" in args.parts:

@@ -38,7 +38,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.publication import show
+from benchmarks.publication import others_share, show
 from pipelines.cli import GrimaceError, run
 from pipelines.job import Job
 
@@ -137,6 +137,7 @@ def measure_all(args: argparse.Namespace) -> dict[str, Any]:
     jobs = load_params().train.jobs
     if args.job not in jobs or jobs[args.job].task != "emotion":
         raise GrimaceError(f"train.jobs of params.yaml has no {args.job!r} for task emotion")
+    busy = others_share()
     with TemporaryDirectory() as folder:
         resolved = Path(folder, "job.json")
         write_job(jobs[args.job].resolved("default"), resolved)
@@ -155,6 +156,7 @@ def measure_all(args: argparse.Namespace) -> dict[str, Any]:
     return {
         "command": f"python -m benchmarks.scaling --job {args.job}",
         "date": f"{datetime.now(UTC):%Y-%m-%d}",
+        "others_share": busy,
         "job": args.job,
         "compute": alone,
         "costs": asdict(Costs(step, image, collectives, carried)),

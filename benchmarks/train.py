@@ -34,7 +34,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
-from benchmarks.publication import show
+from benchmarks.publication import others_share, show
 from pipelines.cli import GrimaceError, run
 
 if TYPE_CHECKING:
@@ -56,6 +56,7 @@ def main() -> None:
     if args.measure:
         print(json.dumps(ARM[args.measure](args.work, args.precision)))
         return
+    busy = others_share()
     total = prepare(args.raw, args.work, args.limit)
     rounds = [{arm: in_its_own_process(arm, args) for arm in ARMS} for _ in range(args.repeats)]
     results = {
@@ -63,6 +64,7 @@ def main() -> None:
         f"--limit {args.limit} --repeats {args.repeats}"
         + (f" --peak {args.peak:g}" if args.peak else ""),
         "date": f"{datetime.now(UTC):%Y-%m-%d}",
+        "others_share": busy,
         "images": total,
         "precision": args.precision,
         "peak": args.peak,

@@ -100,6 +100,7 @@ def residual(
     Parameters: 1,089,496
     Multiply-adds: 54,413,568
     Score: not measured
+    Job: landmarks-residual
     """
     x = layers.Rescaling(1 / 127.5, offset=-1)(image)
     x = backbones.residual(x, widths, stem_stride=max(1, image.shape[1] // 48))

@@ -10,6 +10,7 @@ from zipfile import ZipFile
 
 import keras
 import numpy as np
+import pandas as pd
 import pytest
 import yaml
 from PIL import Image
@@ -92,11 +93,11 @@ def test_a_networks_docstring_has_what_is_published(task: str, name: str) -> Non
     widths = widths[:-1] if "points" in fields["Setting"] else widths
     jobs = {key: job.resolved("fer2013") for key, job in scores.known_jobs().items()}
     having = {key for key, job in jobs.items() if (job.network, job.task) == (name, task)}
-    if not having:
-        assert "Job" not in fields and fields["Score"] == "not measured"
-        return
+    assert fields["Job"] in having
     job = jobs[fields["Job"]]
-    assert (job.network, job.task, [*job.widths]) == (name, task, widths)
+    assert [*job.widths] == widths
+    for its_own in re.findall(r"dropout\s+(?:is|of)\s+(0\.\d+)", docstring):
+        assert job.dropout == float(its_own)
     published = ROOT / scores.OUT / task / "results.json"
     rows = json.loads(published.read_text())["rows"] if published.exists() else []
     row = next((row for row in rows if row["name"] == fields["Job"]), None)
@@ -137,6 +138,42 @@ def test_landmark_errors_that_are_not_defined_do_not_count(tmp_path: Path) -> No
     (row,) = scores.collect("landmarks", tmp_path, SETTINGS)["rows"]
     assert row["test"]["none"]["NME, 68 points"]["mean"] == pytest.approx(0.06)
     assert row["test"]["none"]["NME, inner 51"]["mean"] == pytest.approx(0.05)
+
+
+def test_seeds_of_different_jobs_are_refused(tmp_path: Path) -> None:
+    for seed, dropout in ((1, 0.0), (2, 0.5)):
+        told = facts("net", seed)
+        told["job"]["dropout"] = dropout
+        scores.save(tmp_path, f"net-{seed}", {"none": np.eye(7)[[0, 1, 2]]}, faces(3), told)
+    with pytest.raises(GrimaceError, match="net-1 and net-2 differ in dropout: they are no seeds"):
+        scores.collect("emotion", tmp_path, SETTINGS)
+
+
+def test_how_soon_an_accuracy_is_reached() -> None:
+    history = pd.DataFrame({"val_accuracy": [0.5, 0.71, 0.69, 0.72], "seconds": [60, 90, 30, 30]})
+    assert scores.minutes_to(0.7, history) == 2.5
+    assert scores.minutes_to(0.72, history) == 3.5
+    assert scores.minutes_to(0.73, history) is None
+    assert scores.minutes_to(0.7, history.drop(columns="seconds")) is None
+
+
+def test_the_page_says_who_was_soonest(tmp_path: Path) -> None:
+    for seed, minutes in ((1, 9.5), (2, 7.5)):
+        told = facts("net", seed) | {"reached": {"70%": minutes, "73%": None}}
+        scores.save(tmp_path, f"net-{seed}", {"none": np.eye(7)[[0, 1, 2]]}, faces(3), told)
+    page = scores.page(scores.collect("emotion", tmp_path, SETTINGS), "emotion")
+    assert "net, seed 2, 70% after 7.5 min (tensorflow, cpu:0); none reached 73%." in page
+
+
+@pytest.mark.parametrize("task", scores.FIGURES)
+def test_published_commands_are_taken(task: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (ROOT / scores.OUT / task / "README.md").read_text()
+    commands = re.findall(r"^python -m benchmarks.scores (.+)$", page, re.MULTILINE)
+    assert commands
+    for command in commands:
+        monkeypatch.setattr(sys, "argv", ["scores", *command.split()])
+        args = scores._arguments()
+        assert args.task == task and args.archive.suffix == ".zip" and len(args.jobs) == 1
 
 
 def test_answers_to_other_faces_are_refused(tmp_path: Path) -> None:
@@ -196,9 +233,16 @@ def test_a_job_is_trained_once_and_answers_on_the_archives_test_side(
     monkeypatch.setattr(sys, "argv", [*command, "--jobs", "emotion-taught"])
     with pytest.raises(GrimaceError, match="not trained yet, or not so: emotion-compact-1"):
         scores.main()
+    assert not (tmp_path / scores.OUT).exists()  # there is nothing to tell
+    broken = {**taught, "weights": "nowhere.keras", "network": "mobilenet_v2", "widths": []}
+    del broken["teachers"]
+    jobs = {"emotion-taught": taught, "emotion-broken": broken | {"model": "broken"}}
+    (tmp_path / scores.JOBS).write_text(yaml.safe_dump({"jobs": jobs}))
     command += ["--jobs", "emotion-taught", "emotion-compact"]  # the student first, if it could
+    monkeypatch.setattr(sys, "argv", [*command, "emotion-broken"])
+    with pytest.raises(GrimaceError, match=r"(?s)what could be done is done.*\nemotion-broken-1: "):
+        scores.main()
     monkeypatch.setattr(sys, "argv", command)
-    scores.main()
     page = (tmp_path / scores.OUT / "emotion/README.md").read_text()
     assert "14 test faces" in page
     assert "| emotion-compact | 0.0" in page
