@@ -12,6 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import keras
 import mlflow
 import numpy as np
 import pandas as pd
@@ -63,8 +64,8 @@ def write_project(root: Path) -> None:
     (shards / "meta.json").write_text(json.dumps(meta | {"counts": {"train": 40, "val": 16}}))
 
 
-def start(root: Path) -> subprocess.Popen[str]:
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+def start(root: Path, **variables: str) -> subprocess.Popen[str]:
+    environment = os.environ | {"PYTHONPATH": str(ROOT)} | variables
     environment.pop("MLFLOW_TRACKING_URI", None)
     return subprocess.Popen(
         [sys.executable, "-m", "pipelines.train", "--job", "emotion-plain"],
@@ -195,6 +196,29 @@ def test_the_run_is_found_by_its_model(trained: Trained) -> None:
     model = trained.root / "runs/emotion/plain/model.keras"
     with tracking.run_of_model(trained.params.tracking, "emotion", model) as run:
         assert run.info.run_id == trained.run.info.run_id
+
+
+def test_the_stage_trains_under_jax_on_as_many_devices_as_params_say(tmp_path: Path) -> None:
+    write_project(tmp_path)
+    values = yaml.safe_load((tmp_path / "params.yaml").read_text())
+    values["train"]["devices"] = 2
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(values))
+    two = "--xla_force_host_platform_device_count=2"
+    jax = start(tmp_path, KERAS_BACKEND="jax", JAX_PLATFORMS="cpu", XLA_FLAGS=two)
+    _, errors = jax.communicate()
+    assert jax.returncode == 0, errors
+    out, store = tmp_path / "runs/emotion/plain", f"sqlite:///{tmp_path}/mlflow.db"
+    machine = json.loads((out / "machine.json").read_text())
+    assert (machine["backend"], machine["devices"]) == ("jax", "cpu, cpu")
+    client = mlflow.MlflowClient(tracking_uri=store)
+    (experiment,) = (each for each in client.search_experiments() if "emotion" in each.name)
+    (run,) = client.search_runs([experiment.experiment_id])
+    assert run.info.status == "FINISHED" and run.data.tags["grimace.machine.backend"] == "jax"
+    model = keras.models.load_model(out / "model.keras")  # by TensorFlow, as all that comes after
+    images = read_view(tmp_path / SHARDS, "val").images.astype(np.float32)
+    (logged,) = (tmp_path / "mlartifacts").rglob("MLmodel")
+    answers = mlflow.pyfunc.load_model(str(logged.parent)).predict(images)
+    np.testing.assert_allclose(answers, model.predict(images, verbose=0), atol=1e-6)
 
 
 # trained elsewhere
