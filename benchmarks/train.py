@@ -11,6 +11,9 @@ The same network (the Emojify project's, `models.emotion`) learns from the same 
 and, for its own sake, the job emotion-compact of params.yaml learns from them too:
   compact    `pipelines.fit` with all that the job does to a batch: mixing, erasing, averaging
   compact32  the same in float32, which tells whether the job's precision pays
+Last, a step of each job of params.yaml is timed in both precisions (`pipelines.fit --time`, on
+images of noise), which its `precision` should follow.
+
 Every measurement has a process of its own, and rounds are interleaved, so that what else the
 machine does falls on all alike. Two epochs are trained and the second is timed. The time spent on
 making its batches is taken within the loop. As TensorFlow prefetches, the loop waits for no more
@@ -36,6 +39,7 @@ from unittest.mock import patch
 
 from benchmarks.publication import others_share, show
 from pipelines.cli import GrimaceError, run
+from pipelines.params import load_params
 
 if TYPE_CHECKING:
     import numpy as np
@@ -56,9 +60,13 @@ def main() -> None:
     if args.measure:
         print(json.dumps(ARM[args.measure](args.work, args.precision)))
         return
+    if args.step:
+        print(json.dumps(step(args.step, args.work)))
+        return
     busy = others_share()
     total = prepare(args.raw, args.work, args.limit)
     rounds = [{arm: in_its_own_process(arm, args) for arm in ARMS} for _ in range(args.repeats)]
+    steps = {name: in_its_own_process(name, args, "--step") for name in load_params().train.jobs}
     results = {
         "command": f"python -m benchmarks.train --precision {args.precision} "
         f"--limit {args.limit} --repeats {args.repeats}"
@@ -69,6 +77,7 @@ def main() -> None:
         "precision": args.precision,
         "peak": args.peak,
         "rounds": rounds,
+        "steps": steps,
     }
     rmtree(args.work)
     show(results, page, OUT if args.publish else None)
@@ -93,6 +102,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--publish", action="store_true", help=f"write {OUT}")
     parser.add_argument("--work", type=Path, default=Path("data/benchmarks/train"), help="scratch")
     parser.add_argument("--measure", choices=ARMS, help=argparse.SUPPRESS)
+    parser.add_argument("--step", help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
@@ -102,7 +112,6 @@ def prepare(raw: Path, work: Path, limit: int) -> int:
     from pipelines.crops import crop, decode, face_box
     from pipelines.datasets import builder
     from pipelines.datasets.table import read_examples, write_examples
-    from pipelines.params import load_params
     from pipelines.views import Recipe
 
     if not raw.exists():
@@ -139,9 +148,11 @@ def prepare(raw: Path, work: Path, limit: int) -> int:
     return min(limit, len(sides))
 
 
-def in_its_own_process(arm: str, args: argparse.Namespace) -> dict[str, float]:
+def in_its_own_process(
+    arm: str, args: argparse.Namespace, what: str = "--measure"
+) -> dict[str, float]:
     """Run this module for one measurement."""
-    command = [sys.executable, "-m", "benchmarks.train", "--measure", arm]
+    command = [sys.executable, "-m", "benchmarks.train", what, arm]
     command += ["--work", str(args.work), "--precision", args.precision]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode:
@@ -175,10 +186,37 @@ def ours(work: Path, precision: str) -> dict[str, float]:
 
 def compact(work: Path, precision: str) -> dict[str, float]:
     """Train the job of params.yaml, which mixes, erases and averages."""
-    from pipelines.params import load_params
-
     job = load_params().train.jobs[COMPACT].resolved(DATASET, "")
     return _by_fit(replace(job, epochs=2, precision=precision), work)
+
+
+def step(name: str, work: Path) -> dict[str, float]:
+    """Return the seconds of a step of a job of params.yaml, by precision, on images of noise."""
+    import numpy as np
+
+    from pipelines.fit import step_seconds
+
+    params, rng = load_params(), np.random.default_rng(1)
+    job = params.train.jobs[name].resolved("default")
+    task = params.tasks.named("emotion" if job.task == "emotion" else "landmarks")
+    count, folder = 8 * job.batch, work / f"noise-{job.task}" / "train"
+    rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    shape = (count, task.size, task.size, task.channels)
+    arrays = {
+        "ids": np.arange(count).astype(str),
+        "images-00": rng.integers(0, 256, shape, np.uint8),
+        "emotions": rng.integers(0, 7, count),
+    }
+    if job.task == "landmarks":
+        del arrays["emotions"]
+        arrays["landmarks-00"] = rng.uniform(0, 1, (count, 68, 2)).astype(np.float32)
+        arrays["visible-00"] = np.ones((count, 68), bool)
+    for file, array in arrays.items():
+        np.save(folder / f"{file}.npy", array)
+    meta = {"task": job.task, "size": task.size, "channels": task.channels, "views": 1}
+    (folder.parent / "meta.json").write_text(json.dumps(meta | {"points": 68}))
+    return step_seconds(job, folder.parent)
 
 
 def _by_fit(job: "Job", work: Path) -> dict[str, float]:
@@ -308,7 +346,17 @@ def page(results: dict[str, Any]) -> str:
     names = {"ours": NETWORK, "float32": f"{NETWORK}, float32"}
     names |= {"compact": COMPACT, "compact32": f"{COMPACT}, float32"}
     own = [by_fit(*arm) for arm in names.items()]
-    how = (__doc__ or "").split("\n\n")[2]
+    steps: list[tuple[str, ...]] = [
+        (
+            name,
+            f"{1e3 * row['float32']:.1f}",
+            f"{1e3 * row['mixed_bfloat16']:.1f}",
+            f"{row['float32'] / row['mixed_bfloat16']:.2f}",
+            load_params().train.jobs[name].precision,
+        )
+        for name, row in results["steps"].items()
+    ]
+    how = (__doc__ or "").split("\n\n", 2)[2]
     return (
         f"# Speed of training\n\nWritten by\n\n```\n{results['command']}\n```\n\n"
         f"on {results['date']}: {results['images']:,} images of FER-2013, batches of {BATCH}, "
@@ -321,6 +369,11 @@ def page(results: dict[str, Any]) -> str:
         + markdown(
             own,
             ("job", "images a second, median", "to float32", "waits at most", "share of the peak"),
+        )
+        + "\n"
+        + markdown(
+            steps,
+            ("job", "float32, ms a step", "mixed_bfloat16", "times as fast", "what it trains in"),
         )
     )
 

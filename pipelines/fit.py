@@ -251,6 +251,18 @@ def _batches_of(
 
 def compare_precisions(job: Job, shards: Path) -> str:
     """Time some training steps in both precisions, in turns, and say which is faster here."""
+    seconds = step_seconds(job, shards)
+    figures = ", ".join(
+        f"{precision} {1000 * taken:.1f} ms a step ({job.batch / taken:.0f} images/s)"
+        for precision, taken in seconds.items()
+    )
+    ratio = seconds["float32"] / seconds["mixed_bfloat16"]
+    where = f"{job.name} under {keras.backend.backend()}"
+    return f"{where}: {figures}; mixed_bfloat16 is {ratio:.2f} times as fast"
+
+
+def step_seconds(job: Job, shards: Path) -> dict[str, float]:
+    """Return the seconds of a training step by precision, each the least of some rounds."""
     _check_network(job)
     meta, job = read_meta(shards), replace(job, teachers=(), ema=None)
     batches = _batches_of(job, meta, shards, 0, [])
@@ -269,13 +281,7 @@ def compare_precisions(job: Job, shards: Path) -> str:
             taken = (time.perf_counter() - start) / len(batches)
             seconds[precision] = min(taken, seconds.get(precision, taken))
     keras.mixed_precision.set_global_policy("float32")
-    figures = ", ".join(
-        f"{precision} {1000 * taken:.1f} ms a step ({job.batch / taken:.0f} images/s)"
-        for precision, taken in seconds.items()
-    )
-    ratio = seconds["float32"] / seconds["mixed_bfloat16"]
-    where = f"{job.name} under {keras.backend.backend()}"
-    return f"{where}: {figures}; mixed_bfloat16 is {ratio:.2f} times as fast"
+    return seconds
 
 
 def _begin(

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import train
+from pipelines import fit
 from pipelines.datasets import builder, synthetic
 from pipelines.datasets.example import Example
 
@@ -35,6 +36,17 @@ def test_every_way_trains_on_the_same_images(work: Path) -> None:
         assert 0 < figures.get("waiting", 0.5) < 1
 
 
+def test_a_step_of_each_job_is_timed_in_both_precisions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fit, "TIMED_STEPS", 2)
+    monkeypatch.setattr(fit, "TIMED_ROUNDS", 1)
+    for name in ("emotion-plain", "landmarks-plain"):
+        seconds = train.step(name, tmp_path)
+        assert seconds.keys() == {"float32", "mixed_bfloat16"}
+        assert all(0 < taken < 60 for taken in seconds.values())
+
+
 def test_the_page_compares_round_by_round() -> None:
     """Ours is twice and four times as fast as the generator in two rounds: 3 times, from 2 to 4."""
 
@@ -46,9 +58,12 @@ def test_the_page_compares_round_by_round() -> None:
 
     rounds = [arms(200, 100), arms(200, 50)]
     results = {"command": "it", "date": "today", "images": 9, "precision": "float32"}
+    results["steps"] = {"emotion-plain": {"float32": 0.03, "mixed_bfloat16": 0.02}}
     page = train.page(results | {"rounds": rounds, "peak": None})
     assert "| generator | 75 | 3.00 (2.00 – 4.00) | 0.75 (0.50 – 1.00) |" in page
     assert "| emotion-compact | 1,000 | 2.00 (2.00 – 2.00) | 1.0% | no GPU |" in page
+    assert "| emotion-plain | 30.0 | 20.0 | 1.50 | mixed_bfloat16 |" in page
+    assert "Every measurement has a process of its own" in page
     # 6 operations of each of 10⁹ multiply-adds, a thousand times a second, of 12 · 10¹² possible.
     page = train.page(results | {"rounds": rounds, "peak": 12.0})
     assert "| emotion-compact | 1,000 | 2.00 (2.00 – 2.00) | 1.0% | 50.0% |" in page
