@@ -249,11 +249,13 @@ def _clear(journal: tracking.Journal, out: Path) -> None:
 
 
 def _remove(folder: Path) -> None:
-    """Remove a folder at once: half of it would be gone on with after a kill."""
-    gone = folder.with_name(f".{folder.name}.gone")
-    rmtree(gone, ignore_errors=True)
-    folder.rename(gone)
-    rmtree(gone)
+    """Remove a folder at once: half of it would be gone on with after a kill.
+
+    With it goes what an earlier kill left of others.
+    """
+    folder.rename(folder.with_name(f".{folder.name}.gone"))
+    for gone in folder.parent.glob(".*.gone"):
+        rmtree(gone, ignore_errors=True)  # another process may be at it too
 
 
 def _check_taken(job: Job, came: Path) -> None:
