@@ -90,7 +90,7 @@ def main() -> None:
             results["notes"][others[0].name.partition(",")[0]] = note_of(args.wheels, task)
     if args.page:
         results["page"] = time_page()
-    results["command"] = f"python -m benchmarks.deploy {' '.join(_told(args))}"
+    results["command"] = f"python -m benchmarks.deploy {' '.join(_told(args))} --publish"
     show(results, page, OUT if args.publish else None)
 
 

@@ -1,6 +1,6 @@
 """What Prefect costs: `flows.retrain` beside bare `dvc repro`, and a hundred runs in a row.
 
-    python -m benchmarks.flows --publish                  # all of it, some hours
+    python -m benchmarks.flows --publish                  # all of it, about an hour
     python -m benchmarks.flows --parts nothing --rounds 3 # needs the results in DVC's cache here
 
 Each way of running has its own clone of this repository at HEAD, with its own DVC cache and MLflow

@@ -297,9 +297,9 @@ def page(rows: list[Row], where: dict[str, str]) -> str:
     unrun = f"Not run: {', '.join(missing)}.\n\n" if missing else ""
     facts = "".join(f"- {name}: {value}\n" for name, value in where.items())
     return (
-        f"# Does every network export?\n\nWritten by `python -m benchmarks.zoo`: {len(networks)} "
-        f"of {len(NETWORKS)} networks. {ran} of {len(graphs)} graphs were exported and run, and "
-        f"{same} of the {len(exact)} in float32 answer as Keras does; {built} of {len(engines)} "
+        "# Does every network export?\n\nWritten by `python -m benchmarks.zoo --out "
+        f"docs/results/zoo`: {len(networks)} of {len(NETWORKS)} networks. {ran} of {len(graphs)} "
+        f"graphs were exported and run, and {same} of the {len(exact)} in float32 answer as Keras does; {built} of {len(engines)} "
         "TensorRT engines were built, and not run.\n\n"
         "Weights are random (ImageNet's were not fetched for the transfer networks), scaled so "
         f"that over {CALIBRATION} drawn faces each channel has mean 0 and variance 1; on these "

@@ -79,8 +79,8 @@ def publish(rows: list[tuple[str, ...]], command: str, out: Path) -> None:
     ]
     facts = "".join(f"- {name}: {value}\n" for name, value in everything["machine"].items())
     (out / "README.md").write_text(
-        f"# Results\n\nWritten by `python -m pipelines.report --publish`, after\n\n"
-        f"```\n{command}\n```\n\n{markdown(rows)}\n"
+        "# Results\n\nWritten by `python -m pipelines.report --publish DIR --command …`, after"
+        f"\n\n```\n{command}\n```\n\n{markdown(rows)}\n"
         + "".join(numbers(task, everything[task]) for task in DECIDES)
         + f"## Where\n\n{facts}\n"
         f"## What each stage took\n\n{markdown(cost_rows, ('stage', 'time', 'peak memory'))}\n"
