@@ -512,9 +512,9 @@ def page(results: dict[str, Any], task: TaskName) -> str:
         "Written by `python -m benchmarks.scores`; its commands are below. "
         f"{results['faces']:,} test faces: the source's own test side where it has one (FER-2013: "
         "PrivateTest, as much of it as the archive has), else the people whom `split` keeps for "
-        "it. Means over seeds, with 95 % intervals over seeds and faces (pigeonhole bootstrap, Owen "
-        "2007; people or copies are drawn as a whole). The epoch was chosen on validation; what is averaged over crops is "
-        "never what is deployed.\n\n"
+        "it. Means over seeds, with 95 % intervals over seeds and faces (pigeonhole bootstrap, "
+        "Owen 2007; people or copies are drawn as a whole). The epoch was chosen on validation; "
+        "what is averaged over crops is never what is deployed.\n\n"
         f"{markdown(table, head)}\n{notes}\n![scores](scores.png)\n\n"
     )
     if ensembles:

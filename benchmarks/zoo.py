@@ -299,8 +299,8 @@ def page(rows: list[Row], where: dict[str, str]) -> str:
     return (
         "# Does every network export?\n\nWritten by `python -m benchmarks.zoo --out "
         f"docs/results/zoo`: {len(networks)} of {len(NETWORKS)} networks. {ran} of {len(graphs)} "
-        f"graphs were exported and run, and {same} of the {len(exact)} in float32 answer as Keras does; {built} of {len(engines)} "
-        "TensorRT engines were built, and not run.\n\n"
+        f"graphs were exported and run, and {same} of the {len(exact)} in float32 answer as Keras "
+        f"does; {built} of {len(engines)} TensorRT engines were built, and not run.\n\n"
         "Weights are random (ImageNet's were not fetched for the transfer networks), scaled so "
         f"that over {CALIBRATION} drawn faces each channel has mean 0 and variance 1; on these "
         f"eight bits were calibrated, too. Compared on {COMPARED} others. The verdict says that a "
