@@ -217,7 +217,8 @@ def emoji_swap(image: keras.KerasTensor, dropout: float) -> keras.KerasTensor:
     Setting: size 48, channels 1, widths ()
     Parameters: 1,376,167
     Multiply-adds: 72,440,448
-    Score: not measured
+    Score: 61.04 %, 1 seed
+    Time: 26 min on one core of an AMD EPYC
     Job: emotion-emoji_swap
     """
     x = layers.Rescaling(1 / 255)(image)
