@@ -18,7 +18,7 @@ import psutil
 import pytest
 from PIL import Image
 
-from pipelines import demo, lite, overlay, web
+from pipelines import demo, detectors, lite, overlay, web
 from pipelines.cli import GrimaceError
 from pipelines.datasets.example import Box
 from pipelines.datasets.faces import render
@@ -106,6 +106,23 @@ def test_where_blazeface_looks_covers_a_still_picture():
     parts = squares(1600, 900, still=True)[2:]
     for x, y in ((0, 0), (1599, 899), (800, 450)):
         assert any(p.left <= x <= p.right and p.top <= y <= p.bottom for p in parts)
+
+
+def test_what_further_looks_at_a_still_see_must_be_surer(monkeypatch):
+    def found(sure):
+        looks = []
+
+        def network(pixels):
+            looks.append(pixels)
+            logit = -20 if len(looks) == 1 else np.log(sure / (1 - sure))
+            return np.array([[10.0, 10.0, 40.0, 40.0]]), np.zeros((1, 2, 2)), np.array([logit])
+
+        monkeypatch.setattr(detectors, "blazeface_network", lambda: network)
+        return find_faces(np.zeros((600, 600, 3), np.uint8), still=True), len(looks)
+
+    assert found(0.6) == ([], len(squares(600, 600, still=True)))
+    faces, _ = found(0.7)
+    assert len(faces) > 3
 
 
 def test_the_models_answer_on_drawn_faces(models):

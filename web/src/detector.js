@@ -6,6 +6,7 @@ import { crop } from "./crop.js";
 
 export const SIDE = 128;
 const SURE = 0.5; // probability from which a find counts, as in MediaPipe
+const SURE_AGAIN = 0.65; // of what only further looks at a still see; measured in `pipelines/detectors.py`
 const OVERLAP = 0.3; // finds that overlap by more (intersection over union) are one face
 const BORDER = 0.25; // around a picture: a face that fills it is seen only with a border
 
@@ -27,10 +28,10 @@ const ANCHORS = anchors();
  */
 export async function findFaces(rgb, network, thorough = false) {
   const finds = [];
-  for (const square of squares(rgb.width, rgb.height, thorough)) {
+  for (const [look, square] of squares(rgb.width, rgb.height, thorough).entries()) {
     const pixels = crop(rgb, square, SIDE);
     for (let i = 0; i < pixels.length; i++) pixels[i] = pixels[i] / 127.5 - 1;
-    finds.push(...decode(await network(pixels), square));
+    finds.push(...decode(await network(pixels), square, look ? SURE_AGAIN : SURE));
   }
   const inside = ({ box }) => {
     const x = (box.left + box.right) / 2;
@@ -79,13 +80,13 @@ function anchors() {
   return centres;
 }
 
-function decode({ boxes, logits }, square) {
+function decode({ boxes, logits }, square, sure) {
   const scale = (square.right - square.left) / SIDE;
   const stride = boxes.length / ANCHORS.length;
   const finds = [];
   ANCHORS.forEach(([anchorX, anchorY], i) => {
     const score = 1 / (1 + Math.exp(-logits[i]));
-    if (score < SURE) return;
+    if (score < sure) return;
     const at = i * stride;
     const x = (j) => square.left + (anchorX + boxes[at + j]) * scale;
     const y = (j) => square.top + (anchorY + boxes[at + j]) * scale;

@@ -29,6 +29,23 @@ test("a find is read off its anchor and scaled to the picture", async () => {
   expect(face.score).toBeCloseTo(1 / (1 + Math.exp(-3)));
 });
 
+test("what further looks at a still see must be surer", async () => {
+  const rgb = { data: new Uint8Array(600 * 600 * 3), width: 600, height: 600, channels: 3 };
+  const looks = squares(600, 600, true).length;
+  const unsure = (sure) => {
+    let look = 0;
+    return async () => {
+      const found = await network();
+      found.logits[100] = Math.log(sure / (1 - sure)); // in all but the first look
+      if (look++ === 0) found.logits.fill(-20);
+      return found;
+    };
+  };
+  expect(looks).toBeGreaterThan(10);
+  expect(await findFaces(rgb, unsure(0.6), true)).toHaveLength(0);
+  expect((await findFaces(rgb, unsure(0.7), true)).length).toBeGreaterThan(3);
+});
+
 test("overlapping finds become one, weighted by score; distant ones stay", () => {
   const faces = merge([find(0, 0, 100, 0.9), find(10, 0, 100, 0.6), find(300, 0, 100, 0.7)]);
   expect(faces).toHaveLength(2);
