@@ -69,6 +69,7 @@ def main() -> None:
     build_policy(recipe.settings, task, args.task)
     split = Path("data/split", task.dataset, "index.parquet")
     index = usable(Path("data/clean", task.dataset), split, args.task)
+    _check_test_side(index, recipe)
 
     shards, digests = Path("data/augment", args.task), Path("data/digests", args.task)
     with whole_folder(digests) as own, whole_folder(shards) as out:
@@ -125,6 +126,16 @@ def usable(clean: Path, index_path: Path, name: TaskName) -> "pd.DataFrame":
             f"{clean.name} has no labels for task {name}: set tasks.{name}.dataset to one that has"
         )
     return index
+
+
+def _check_test_side(index: "pd.DataFrame", recipe: Recipe) -> None:
+    """Refuse what `verify` could not measure: here, and not after all training."""
+    if not (index["split"] == "test").any():
+        dataset = recipe.task.dataset
+        raise GrimaceError(
+            f"{dataset}: the test side has no labels for {recipe.name}, so no model could be "
+            f"verified; label some of its examples, or set tasks.{recipe.name}.dataset to another"
+        )
 
 
 def write_shards(

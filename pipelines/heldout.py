@@ -92,6 +92,9 @@ def faces_of_side(
     Of the train side, what training heeds: examples of weight 0 are left out. With `limit`, only
     so many, evenly spaced over the side; with `balanced` too, as many of each emotion as there
     can be. With `five`, corner crops too.
+
+    Raises:
+        GrimaceError: no example of the side can be used; says why.
     """
     clean = Path("data/clean", task.dataset)
     index = pd.read_parquet(Path("data/split", task.dataset, "index.parquet"))
@@ -105,7 +108,13 @@ def faces_of_side(
         found = _some(found, limit, balanced)
     wanted = {row.id for row in found}
     rows = (row for row in read_examples(clean) if row.id in wanted)
-    return crop_all(rows, name, task, five=five)
+    faces = crop_all(rows, name, task, five=five)
+    if not len(faces.ids):
+        raise GrimaceError(
+            f"{task.dataset} has no usable {side} example for task {name} (unusable: "
+            f"{faces.unusable or 'none'}); set tasks.{name}.dataset to one that has"
+        )
+    return faces
 
 
 def _some(rows: list[Example], limit: int, balanced: bool) -> list[Example]:

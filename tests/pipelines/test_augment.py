@@ -208,6 +208,22 @@ def test_a_side_without_labels(tmp_path: Path) -> None:
         written(tmp_path, "emotion", tmp_path / "out")
 
 
+def test_a_test_side_without_labels_is_refused_before_any_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its examples are there, as `split` asks, but none has points."""
+    bare = [
+        replace(face, visible=np.zeros(15, bool)) if face.official_split == "test" else face
+        for face in FACES
+    ]
+    prepare(tmp_path, bare, workers=1)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["augment", "--task", "landmarks"])
+    with pytest.raises(GrimaceError, match="synthetic: the test side has no labels for landmarks"):
+        main()
+    assert not Path("data/augment/landmarks").exists()
+
+
 # Weights
 
 

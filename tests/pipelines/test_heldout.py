@@ -4,6 +4,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from pipelines.cli import GrimaceError
 from pipelines.datasets import synthetic
 from pipelines.datasets.table import write_examples
 from pipelines.heldout import faces_of_side
@@ -34,3 +35,18 @@ def test_a_side_is_what_training_heeds_and_all_that_is_held_out(
     index.to_parquet("data/split/synthetic/index.parquet")
     found = faces_of_side("emotion", PARAMS.tasks.emotion, side, limit)
     assert found.ids.tolist() == [faces[number].id for number in expected]
+
+
+def test_a_side_without_labels_for_the_task_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    faces = [replace(face, emotion=-1) for face in synthetic.examples(3, 5)]
+    for folder in ("clean", "split"):
+        Path("data", folder, "synthetic").mkdir(parents=True)
+    write_examples(faces, Path("data/clean/synthetic"))
+    index = pd.DataFrame({"id": [face.id for face in faces], "split": "test"})
+    index.to_parquet("data/split/synthetic/index.parquet")
+    task = PARAMS.tasks.emotion.model_copy(update={"dataset": "synthetic"})
+    said = r"synthetic has no usable test example for task emotion .*'no label for emotion': 3"
+    with pytest.raises(GrimaceError, match=said):
+        faces_of_side("emotion", task, "test")
+    assert len(faces_of_side("landmarks", task, "test").ids) == 3
