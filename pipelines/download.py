@@ -209,8 +209,9 @@ def _measure(archive: Archive) -> tuple[int, str]:
 
 def folder_sum(digests: Mapping[str, str]) -> str:
     """Return the SHA-256 that stands for a folder, from those of its files by their names."""
-    lines = (f"{name}\0{digests[name]}\n".encode() for name in sorted(digests))
-    return hashlib.sha256(b"".join(lines)).hexdigest()
+    lines = "".join(f"{name}\0{digests[name]}\n" for name in sorted(digests))
+    # Names need not be UTF-8; their bytes are what counts.
+    return hashlib.sha256(lines.encode("utf-8", "surrogateescape")).hexdigest()
 
 
 def _store(name: str, examples: Iterable[Example], expected: int | None) -> dict[str, Any]:

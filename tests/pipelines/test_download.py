@@ -1,5 +1,6 @@
 import hashlib
 import json
+import os
 import sys
 import zipfile
 from collections.abc import Callable
@@ -157,6 +158,19 @@ def test_folder_has_a_sum_of_names_and_contents(tmp_path: Path) -> None:
     second = digest()
     (folder / "a").rename(folder / "b")
     assert len({first, second, digest()}) == 3
+
+
+def test_sum_of_a_folder_takes_the_bytes_of_names_that_are_no_text(tmp_path: Path) -> None:
+    sums = []
+    for name in (b"caf\xe9.jpg", "café.jpg".encode()):  # Latin-1, UTF-8
+        folder = tmp_path / str(len(sums))
+        folder.mkdir()
+        (folder / os.fsdecode(name)).write_bytes(b"one")
+        found = download.check_sum("x", open_archive(folder), source())["sha256"]
+        line = name + b"\0" + hashlib.sha256(b"one").hexdigest().encode() + b"\n"
+        assert found == hashlib.sha256(line).hexdigest()
+        sums.append(found)
+    assert len(set(sums)) == 2
 
 
 def test_wrong_dataset_is_named_before_its_sum(stage: Callable[..., None]) -> None:
