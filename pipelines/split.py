@@ -63,8 +63,9 @@ def main() -> None:
     examples = read_examples(Path("data/clean", dataset), images=False)
     measured = pd.read_parquet(Path("reports/filter", dataset, "examples.parquet"))
 
-    index = make_index(examples, dataset, load_params().split, measured)
-    check(index, dataset)
+    params = load_params()
+    index = make_index(examples, dataset, params.split, measured)
+    check(index, dataset, for_emotion=params.tasks.emotion.dataset == dataset)
     with whole_folder(Path("data/split", dataset)) as out:
         index.to_parquet(out / "index.parquet", index=False)
     report = Path("reports/split", dataset)
@@ -212,12 +213,17 @@ def _why_out(table: pd.DataFrame) -> pd.Series:
     return reason
 
 
-def check(index: pd.DataFrame, dataset: str) -> None:
+def check(index: pd.DataFrame, dataset: str, for_emotion: bool = True) -> None:
     """Refuse a split that leaks or that is of no use.
 
+    Args:
+        index: as `make_index` gives it.
+        dataset: its name.
+        for_emotion: whether emotions are learnt from it; landmarks are learnt of any face.
+
     Raises:
-        GrimaceError: a group or cluster on two sides, an empty side, or a class without training
-            examples.
+        GrimaceError: a group or cluster on two sides, an empty side, or, where emotions are learnt,
+            a class without training examples.
     """
     inside = index[index["split"] != OUT]
     for kind in ("group", "cluster"):
@@ -233,7 +239,8 @@ def check(index: pd.DataFrame, dataset: str) -> None:
                 f"all three; an archive with a part missing can still be measured with "
                 f"`python -m pipelines.evaluate --archive … --split all`."
             )
-    if dataset not in EVALUATE_ONLY and index["class"].isin(EMOTIONS).any():
+    learnt = for_emotion and dataset not in EVALUATE_ONLY
+    if learnt and index["class"].isin(EMOTIONS).any():
         present = set(index.loc[index["split"] == "train", "class"])
         empty = [name for name in EMOTIONS if name not in present]
         if empty:

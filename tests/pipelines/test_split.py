@@ -12,6 +12,7 @@ import cv2
 import numpy as np
 import pandas as pd
 import pytest
+import yaml
 from PIL import Image
 
 from models.schemes import EMOTIONS
@@ -434,6 +435,31 @@ def test_landmark_data_needs_no_classes() -> None:
 
 
 # The stage
+
+
+@pytest.mark.parametrize("task", ["landmarks", "emotion"])
+def test_all_classes_are_asked_of_what_emotions_are_learnt_from(
+    task: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A landmark dataset of which some folders are named after an emotion is as good as any."""
+    clean, filtered = tmp_path / "data/clean/folder", tmp_path / "reports/filter/folder"
+    clean.mkdir(parents=True)
+    filtered.mkdir(parents=True)
+    examples = [e for e in on_each_side() if e.emotion < 3]
+    write_examples(examples, clean)
+    measured = {"id": [e.id for e in examples], "brightness": 0.5, "yaw": 0.0, "face_size": 9.0}
+    pd.DataFrame(measured).to_parquet(filtered / "examples.parquet")
+    raw = yaml.safe_load((ROOT / "params.yaml").read_text())
+    raw["tasks"][task]["dataset"] = "folder"
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(raw))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["split", "--dataset", "folder"])
+    if task == "emotion":
+        with pytest.raises(GrimaceError, match="folder: no training example of class "):
+            main()
+    else:
+        main()
+        assert len(pd.read_parquet("data/split/folder/index.parquet")) == len(examples)
 
 
 def test_the_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
