@@ -659,9 +659,30 @@ class Evaluate(_Section):
     """
 
     resamples: Annotated[int, Field(ge=100)]
-    seed: int
+    seed: Annotated[int, Field(ge=0)]
     gallery: PositiveInt
     test_time: TestTime = "none"
+
+
+# What `evaluate` gives an interval of, and whether more of it is better.
+METRICS: dict[TaskName, dict[str, bool]] = {
+    "emotion": {
+        "accuracy": True,
+        "macro_f1": True,
+        "balanced_accuracy": True,
+        "ece": False,
+        "brier": False,
+        "nll": False,
+    },
+    "landmarks": {
+        "nme_interocular": False,
+        "nme_interocular_inner": False,
+        "nme_box": False,
+        "fr10": False,
+        "auc10": True,
+        "mae": False,
+    },
+}
 
 
 class SelectTask(_Section):
@@ -672,10 +693,24 @@ class SelectTask(_Section):
 
 
 class Select(_Section):
-    """How each task's candidate is chosen."""
+    """How each task's candidate is chosen, by one of the task's `METRICS`."""
 
     emotion: SelectTask
     landmarks: SelectTask
+
+    @model_validator(mode="after")
+    def _metrics_are_measured(self) -> Self:
+        for task, metrics in METRICS.items():
+            metric, higher = self.named(task).metric, self.named(task).higher_is_better
+            if metric not in metrics:
+                raise ValueError(
+                    f"{task}.metric: {metric!r} is not measured with an interval"
+                    f"{meant(metric, metrics)}; choose among {', '.join(metrics)}"
+                )
+            if higher != metrics[metric]:
+                said = "true" if metrics[metric] else "false"
+                raise ValueError(f"{task}.higher_is_better: has to be {said} for {metric}")
+        return self
 
     def named(self, task: TaskName) -> SelectTask:
         """Return the section of one task."""

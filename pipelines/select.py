@@ -1,7 +1,8 @@
 """Stage `select`: make the model that did best on validation the task's candidate.
 
 The test side is not looked at. Beside the ranking stands how sure the choice is: the interval of
-the winner's lead over each other model on the same resamples of the same faces.
+the winner's lead over each other model on the same resamples of the same faces, in `lead_metric`,
+whatever metric the models are ranked by.
 """
 
 import argparse
@@ -18,7 +19,7 @@ from models.metrics import confusion, emotion_metrics
 from models.schemes import EMOTIONS
 from pipelines.cli import GrimaceError, run
 from pipelines.heldout import Faces, faces_of_shards
-from pipelines.measures import bootstrap_weights, landmark_errors
+from pipelines.measures import DECIDES, bootstrap_weights, landmark_errors
 from pipelines.params import Evaluate, SelectTask, load_params
 
 
@@ -53,6 +54,7 @@ def main() -> None:
         "metric": settings.metric,
         "value": float(ranking.iloc[0][settings.metric]),
         "ranking": ranking.to_dict("records"),
+        "lead_metric": DECIDES[task],
         "lead_ci95": leads,
     }
     report.write_text(json.dumps(result, indent=2) + "\n")
@@ -81,15 +83,14 @@ def rank(scores: dict[str, dict[str, Any]], settings: SelectTask) -> pd.DataFram
         Columns model, the metric, low and high (its 95 % interval), n.
 
     Raises:
-        GrimaceError: the metric is not among the scores.
+        GrimaceError: the scores have no interval of the metric.
     """
     rows = []
     for model, score in scores.items():
-        if not isinstance(score.get(settings.metric), float):
-            known = ", ".join(name for name, value in score.items() if isinstance(value, float))
+        if settings.metric not in score["ci95"]:
             raise GrimaceError(
-                f"params.yaml: select.{score['task']}.metric: {settings.metric!r} is not measured; "
-                f"choose among {known}"
+                f"params.yaml: select.{score['task']}.metric: {settings.metric!r} is not measured "
+                f"with an interval; choose among {', '.join(score['ci95'])}"
             )
         low, high = score["ci95"][settings.metric]
         rows.append((model, score[settings.metric], low, high, score["n"]))

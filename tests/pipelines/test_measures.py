@@ -8,7 +8,7 @@ import pytest
 
 from pipelines.heldout import Faces
 from pipelines.measures import by_slice, measure
-from pipelines.params import load_params
+from pipelines.params import METRICS, load_params
 
 SETTINGS = load_params(Path(__file__).parents[2] / "params.yaml").evaluate
 
@@ -86,3 +86,22 @@ def test_the_mean_over_yaw_bins_weighs_each_bin_alike():
         Faces(ids, ids, images, None, truth, visible, {}, traits.assign(yaw=5.0)), truth, SETTINGS
     )
     assert "nme_box_yaw_mean" not in frontal
+
+
+@pytest.mark.parametrize("task", ["emotion", "landmarks"])
+def test_what_select_may_decide_by_has_an_interval_and_the_direction_said(task):
+    rng = np.random.default_rng(13)
+    if task == "emotion":
+        truth = rng.integers(0, 7, 60)
+        faces = emotion_faces(truth)
+        good, poor = np.eye(7)[truth], answers(rng, truth, 0.4)
+    else:
+        points = rng.random((60, 68, 2)).astype(np.float32)
+        ids, visible = np.arange(60).astype(str), np.ones((60, 68), bool)
+        faces = Faces(ids, ids, np.zeros((60, 2, 2, 1), np.uint8), None, points, visible, {})
+        good, poor = points, points + 0.2
+    best, worst = (measure(faces, outputs, SETTINGS) for outputs in (good, poor))
+    assert list(METRICS[task]) == list(best["ci95"])
+    for metric, higher_is_better in METRICS[task].items():
+        assert (best[metric] > worst[metric]) == higher_is_better, metric
+        assert best[metric] != worst[metric], metric

@@ -164,6 +164,7 @@ def test_unknown_key_like_no_other(load: Load) -> None:
         ("download.fer2013.sha256.0", "26c5"),
         ("verify.runtimes.tfjs.0", "deno"),
         ("verify.software_faces", 0),
+        ("evaluate.seed", -1),
     ],
 )
 def test_wrong_type_or_impossible_value(load: Load, key: str, value: Any) -> None:
@@ -226,6 +227,22 @@ def test_missing_transform_name(load: Load) -> None:
         ("filter.restore", {"fer2031": []}, "filter: restore names unknown datasets: fer2031"),
         ("verify.runtimes.tfjs", ["node", "node"], "verify.runtimes: tfjs names a runtime twice"),
         ("train.workers", 2, "train.workers: 2 need a cluster; set cluster.address, or train.dev"),
+        (
+            "select.emotion.metric",
+            "acuracy",
+            "select: emotion.metric: 'acuracy' is not measured with an interval (did you mean "
+            "'accuracy'?); choose among accuracy, macro_f1, ",
+        ),
+        (
+            "select.landmarks.metric",
+            "nme_box_yaw_mean",
+            "select: landmarks.metric: 'nme_box_yaw_mean' is not measured with an interval",
+        ),
+        (
+            "select.landmarks.higher_is_better",
+            True,
+            "select: landmarks.higher_is_better: has to be false for nme_interocular",
+        ),
     ],
 )
 def test_values_that_do_not_fit_each_other(load: Load, key: str, value: Any, words: str) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import yaml
 
 from pipelines import select
 from pipelines.cli import GrimaceError
@@ -47,11 +48,13 @@ def test_equals_are_ordered_by_name(higher_is_better):
     assert list(select.rank(measured, settings)["model"]) == ["a", "b", "c"]
 
 
-@pytest.mark.parametrize("metric", ["acuracy", "n", "task", "ci95"])
+@pytest.mark.parametrize("metric", ["acuracy", "n", "task", "ci95", "nme_box_yaw_mean"])
 def test_what_is_not_measured_is_named_with_its_key(metric):
     settings = SelectTask(metric=metric, higher_is_better=True)
     with pytest.raises(GrimaceError) as raised:
-        select.rank({"a": scores(accuracy=0.5, macro_f1=0.4)}, settings)
+        # The mean over bins of yaw has no interval.
+        measured = scores(accuracy=0.5, macro_f1=0.4) | {"nme_box_yaw_mean": 0.1}
+        select.rank({"a": measured}, settings)
     message = str(raised.value)
     assert message.startswith(f"params.yaml: select.emotion.metric: {metric!r} ")
     assert message.endswith("choose among accuracy, macro_f1")
@@ -106,6 +109,7 @@ def test_lead_in_error_is_negative_for_the_better():
 def test_the_better_model_becomes_the_candidate(selected, task):
     root = selected.root
     report = json.loads((root / "reports" / "select" / f"{task}.json").read_text())
+    assert report["lead_metric"] == report["metric"]
     values = {
         name: json.loads((root / f"reports/evaluate/{task}/{name}/scores.json").read_text())
         for name in ("plain", "compact")
@@ -121,6 +125,18 @@ def test_the_better_model_becomes_the_candidate(selected, task):
     assert all(sign * bound > 0 for bound in report["lead_ci95"]["plain"])
     chosen = (root / "runs" / task / best / "model.keras").read_bytes()
     assert (root / "deploy" / "candidate" / f"{task}.keras").read_bytes() == chosen
+
+
+def test_the_lead_says_what_it_is_in_whatever_decides(selected, tmp_path):
+    here = copied(selected, tmp_path, "runs", "reports/evaluate", "data/augment", "data/split")
+    raw = yaml.safe_load((tmp_path / "params.yaml").read_text())
+    raw["select"]["emotion"]["metric"] = "macro_f1"
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(raw))
+    here.call(select.main, "--task", "emotion")
+    report = json.loads((tmp_path / "reports/select/emotion.json").read_text())
+    before = json.loads((selected.root / "reports/select/emotion.json").read_text())
+    assert (report["metric"], report["lead_metric"]) == ("macro_f1", "accuracy")
+    assert report["lead_ci95"] == before["lead_ci95"]
 
 
 def copied(world, folder: Path, *parts: str):
