@@ -113,7 +113,7 @@ def open_archive(path: Path) -> Archive:
 
     Raises:
         GrimaceError: it is missing, empty, cut short, a web page in place of data, or of another
-            kind.
+            kind; or two of its files have one name.
     """
     if not path.exists():
         raise GrimaceError(f"{path} is missing; check the name, or get the archive again")
@@ -127,7 +127,7 @@ def open_inner(archive: Archive, name: str) -> Archive:
     """Open a zip file that lies in another archive, in place.
 
     Raises:
-        GrimaceError: it is damaged or no zip file.
+        GrimaceError: it is damaged or no zip file; or two of its files have one name.
     """
     path = archive.path / name
     try:
@@ -316,8 +316,17 @@ def _open_zip(path: Path, size: int) -> Archive:
 def _of_zip(path: Path, zipped: ZipFile) -> Archive:
     # Some packers write "./train/1.jpg", some of Windows "train\\1.jpg".
     named = ((member.filename.replace("\\", "/"), member) for member in zipped.infolist())
-    files = {str(PurePosixPath(name)): member for name, member in named if not name.endswith("/")}
-    return Archive(path, _shown([*files]), lambda name: zipped.open(files[name]))
+    found = [(str(PurePosixPath(name)), member) for name, member in named if name[-1:] != "/"]
+    files, count = dict(found), Counter(name for name, _ in found)
+    names = _shown([*files])
+    # One would hide the other, and which of them a table's row or a label means cannot be told.
+    if twice := [name for name in names if count[name] > 1]:
+        more = f" and {len(twice) - 1} more" if len(twice) > 1 else ""
+        raise GrimaceError(
+            f"{path} has several files of one name ({twice[0]}{more}); unpack it, see to it that "
+            "each has a name of its own, and name the folder instead"
+        )
+    return Archive(path, names, lambda name: zipped.open(files[name]))
 
 
 def _shown(names: list[str]) -> list[str]:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from pipelines.cli import GrimaceError
-from pipelines.datasets.archive import open_archive, web_page_notice
+from pipelines.datasets.archive import open_archive, open_inner, web_page_notice
 
 
 def make_zip(path: Path, members: dict[str, bytes]) -> Path:
@@ -39,6 +39,25 @@ def test_zips_of_other_packers_name_their_files_alike(tmp_path: Path) -> None:
     archive = open_archive(make_zip(tmp_path / "data.zip", members))
     assert archive.names() == ["a/b.txt", "a/c.txt"]
     assert [archive.read(name) for name in archive.names()] == [(b"bee", ""), (b"sea", "")]
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+@pytest.mark.parametrize("second", ["sad/1.jpg", "./sad/1.jpg", "sad\\1.jpg"])
+def test_no_file_hides_another_of_its_name(tmp_path: Path, second: str) -> None:
+    path = make_zip(tmp_path / "data.zip", {"sad/1.jpg": b"one", "sad/2.jpg": b"two"})
+    with zipfile.ZipFile(path, "a") as zipped:
+        zipped.writestr(second, b"three")
+    with pytest.raises(GrimaceError, match=r"several files of one name \(sad/1\.jpg\); unpack"):
+        open_archive(path)
+    with zipfile.ZipFile(tmp_path / "outer.zip", "w") as outer:
+        outer.write(path, "inner.zip")
+    with pytest.raises(GrimaceError, match=r"inner\.zip has several files of one name"):
+        open_inner(open_archive(tmp_path / "outer.zip"), "inner.zip")
+
+
+def test_hidden_files_may_share_a_name(tmp_path: Path) -> None:
+    members = {"a.txt": b"a", ".hidden": b"", "./.hidden": b""}
+    assert open_archive(make_zip(tmp_path / "data.zip", members)).names() == ["a.txt"]
 
 
 def test_single_csv_is_an_archive_of_itself(tmp_path: Path) -> None:
