@@ -70,6 +70,7 @@ def judged(
     pictures: Sequence[np.ndarray] | None = None,
     restore: Sequence[str] = (),
     faces: np.ndarray | None = None,
+    shapes: Sequence[np.ndarray] | None = None,
     earlier: pd.DataFrame | None = None,
 ) -> tuple[pd.DataFrame, list[Finding]]:
     n = len(rows)
@@ -85,8 +86,11 @@ def judged(
         table[["hash", "mirror_hash"]] = np.uint64(0)  # every pair is worth comparing
     if faces is None:
         faces = np.zeros((n, FACE_SIDE, FACE_SIDE), np.uint8)
-    nothing = [np.zeros((0, 2), np.float32)] * n, [np.zeros(0, bool)] * n
-    return judge(table, Kept(coarse, sharp, faces, *nothing), checks, restore, earlier=earlier)
+    if shapes is None:
+        shapes = [np.zeros((0, 2), np.float32)] * n
+    visible = [np.ones(len(points), bool) for points in shapes]
+    kept = Kept(coarse, sharp, faces, shapes, visible)
+    return judge(table, kept, checks, restore, earlier=earlier)
 
 
 def by_id(findings: Sequence[Finding]) -> dict[str, list[str]]:
@@ -145,6 +149,43 @@ def test_a_measure_is_compared_with_its_threshold(name: str) -> None:
     assert (finding.id, finding.check, finding.action) == ("bad", name, "drop")
     assert (finding.score, finding.threshold) == (bad, rule.threshold)
     assert table["kept"].tolist() == [False, True, True]
+
+
+def test_a_shape_is_held_against_the_others_of_its_scheme() -> None:
+    """Of two schemes by turns, one broken shape each, and a wild one whose picture is unread."""
+    rng = np.random.default_rng(3)
+    usual = {size: rng.uniform(0, 90, (size, 2)) for size in (15, 68)}
+    rows, shapes = [], []
+    for number in range(60):
+        size = (15, 68)[number % 2]
+        shapes.append(usual[size] + rng.normal(0, 1, (size, 2)))
+        rows.append(row(f"{size}-{number}"))
+    broken = {"15-20", "68-31"}
+    for number in (20, 31):
+        shapes[number] = shapes[number][::-1]
+    rows[7] = row("unread", **UNREAD, unreadable="zero bytes")
+    shapes[7] = rng.uniform(0, 90, (68, 2))
+    rows.append(row("no points"))
+    shapes.append(np.zeros((0, 2)))
+
+    checks = only(landmarks_implausible={"action": "drop", "threshold": 9.0})
+    table, findings = judged(checks, *rows, shapes=shapes)
+    assert by_id(findings) == {id: ["landmarks_implausible"] for id in broken}
+    assert set(table["id"][~table["kept"]]) == broken
+    scores = table.set_index("id")["landmarks_implausible"]
+    assert set(scores.index[scores.isna()]) == {"unread", "no points"}
+    assert {f.id: (f.score, f.threshold) for f in findings} == {
+        id: (scores[id], 9.0) for id in broken
+    }
+
+    # The unread one has no part in what is usual.
+    shapes[7] = usual[68]
+    again, _ = judged(checks, *rows, shapes=shapes)
+    pd.testing.assert_frame_equal(again, table)
+    # More than the threshold, not as much.
+    at = only(landmarks_implausible={"action": "drop", "threshold": scores[[*broken]].min()})
+    assert len(judged(at, *rows, shapes=shapes)[1]) == 1
+    assert judged(only(), *rows, shapes=shapes)[0]["landmarks_implausible"].isna().all()
 
 
 @pytest.mark.parametrize("name", MARKED)
