@@ -5,7 +5,8 @@ r"""Hold all models of a task against each other: one HTML page, and its figures
 
 Compared are the models under runs/TASK, or those in the folders given: such as hold a model.keras,
 or what `evaluate --out` wrote (an ensemble, averaged answers, another runtime). Answers that
-`evaluate` has saved for the same faces and the same model file are read, others are computed. All
+`evaluate` has saved for the same crops of the same faces and the same model files are read, others
+are computed, or refused where the folder holds no model. All
 see the same faces; intervals resample whole groups (people, copies of one picture), as there.
 Latency is measured on this machine, all models by turns.
 """
@@ -30,10 +31,10 @@ from models.metrics import ced_curve, confusion
 from models.schemes import EMOTIONS
 from pipelines import tracking
 from pipelines.cli import GrimaceError, run
-from pipelines.evaluate import costs_of
+from pipelines.evaluate import costs_of, crop_of
 from pipelines.heldout import Faces, faces_of_shards, faces_of_side, with_traits
 from pipelines.measures import DECIDES, by_slice, landmark_errors, measure
-from pipelines.params import Evaluate, Params, TaskName, load_params
+from pipelines.params import Evaluate, Params, Task, TaskName, load_params
 from pipelines.report import machine
 from pipelines.select import lead
 
@@ -148,41 +149,56 @@ def answers_of(
 ) -> Answers:
     """Read a model's answers where `evaluate` has saved them, else ask the model.
 
-    Saved ones count if they are to the same faces and, where the folder holds a model, by its file.
+    Saved ones count if they are to the same crops of the same faces, by the folder's model or,
+    where it holds none, by models that have not changed since.
 
     Raises:
-        GrimaceError: the folder holds neither a model nor answers to these faces.
+        GrimaceError: the folder holds neither a model nor such answers; says which.
     """
     file: Path | None = folder / "model.keras"
     assert file is not None
     digest = tracking.sha256(file) if file.exists() else None
     own = Path("reports/evaluate", task, folder.name)
     in_graph = folder.resolve() == Path("runs", task, folder.name).resolve()
+    settings, refused = params.tasks.named(task), ""
     for report in (folder, *([own] if in_graph else [])):
-        outputs = _saved(report, faces, digest)
+        outputs, why = _saved(report, faces, digest, settings)
+        refused = refused or why
         if outputs is not None:
             scores = json.loads((report / "scores.json").read_text())
             how, cost = scores.get("test_time", "none"), scores.get("cost", {})
             return Answers(name, file if digest else None, outputs, True, how, cost, in_graph)
     if digest is None:
+        wanted = f"answers to the {len(faces.ids)} {side} faces of {settings.dataset}"
+        found = f"{wanted} that are out of date: {refused}" if refused else ""
         raise GrimaceError(
-            f"{folder} holds neither a model.keras nor answers to the {len(faces.ids)} {side} "
-            f"faces of {params.tasks.named(task).dataset}; write them with "
+            f"{folder} holds {found or f'neither a model.keras nor {wanted}'}; write them with "
             f"`python -m pipelines.evaluate --model … --side {side} --out {folder}`"
         )
     outputs = _predicted(file, faces, task, side, params)
     return Answers(name, file, outputs, False, "none", costs_of([file]), False)
 
 
-def _saved(report: Path, faces: Faces, digest: str | None) -> np.ndarray | None:
+def _saved(
+    report: Path, faces: Faces, digest: str | None, task: Task
+) -> tuple[np.ndarray | None, str]:
+    """Return a folder's answers; or None and, of answers to these faces, why they do not count."""
     path = report / "predictions.npz"
     if not path.exists():
-        return None
+        return None, ""
     with np.load(path) as saved:
-        same = np.array_equal(saved["ids"], faces.ids)
-        if not same or (digest and saved["models"].tolist() != [digest]):
-            return None
-        return saved["outputs"]
+        if not np.array_equal(saved["ids"], faces.ids):
+            return None, ""
+        if "crop" not in saved.files or saved["crop"].tolist() != crop_of(task):
+            return None, "the crops had another size, margin or channels, or they do not say which"
+        if digest:
+            same = saved["models"].tolist() == [digest]
+            return (saved["outputs"], "") if same else (None, "another model gave them")
+        for file, before in zip(saved["files"], saved["models"], strict=True):
+            # What is gone has not changed: answers may come from where the models are.
+            if Path(file).exists() and tracking.sha256(Path(file)) != before:
+                return None, f"{file} has changed since"
+        return saved["outputs"], ""
 
 
 def _predicted(file: Path, faces: Faces, task: TaskName, side: str, params: Params) -> np.ndarray:

@@ -82,7 +82,7 @@ def main() -> None:
         scores["cost"] = costs_of(args.model, PASSES[how])
         with whole_folder(args.out) as out:
             write_report(faces, outputs, scores, params.evaluate, out, title)
-            save_predictions(out, faces, outputs, args.model)
+            save_predictions(out, faces, outputs, args.model, settings)
     if args.plots:
         # Not `whole_folder`: what else the user keeps in that folder stays.
         args.plots.mkdir(parents=True, exist_ok=True)
@@ -168,7 +168,7 @@ def evaluate_job(name: str, params: Params, how: TestTime = "none") -> None:
             scores["averaged"] = measure(seen, averaged, params.evaluate) | {"test_time": how}
     with whole_folder(report) as out:
         write_report(faces, outputs, scores, params.evaluate, out, f"{name}, validation")
-        save_predictions(out, faces, outputs, [path])
+        save_predictions(out, faces, outputs, [path], task)
     report.with_suffix(".json").write_text(json.dumps(_compact(scores), indent=2) + "\n")
     with tracking.run_of_model(params.tracking, job.task, path):
         mlflow.log_metrics(charted(scores))
@@ -211,13 +211,7 @@ def costs_of(paths: Sequence[Path], passes: int = 1) -> dict[str, int]:
         bytes of the files; and where all are Keras models, parameters, and multiply_adds of all
         passes where `models.cost` can count them.
     """
-    files = [
-        file
-        for path in paths
-        for file in ([path] if path.is_file() else path.rglob("*"))
-        if file.is_file()
-    ]
-    cost = {"bytes": sum(file.stat().st_size for file in files)}
+    cost = {"bytes": sum(file.stat().st_size for file in _files_of(paths))}
     if any(path.suffix != ".keras" for path in paths):
         return cost
     import keras
@@ -272,10 +266,37 @@ def write_report(
     (out / "scores.json").write_text(json.dumps(scores, indent=2) + "\n")
 
 
-def save_predictions(out: Path, faces: Faces, outputs: np.ndarray, models: Sequence[Path]) -> None:
-    """Write predictions.npz: `ids`, `outputs` in their order, and the SHA-256 of each `models`."""
-    digests = [tracking.sha256(path) for path in models if path.is_file()]
-    np.savez_compressed(out / "predictions.npz", ids=faces.ids, outputs=outputs, models=digests)
+def save_predictions(
+    out: Path, faces: Faces, outputs: np.ndarray, models: Sequence[Path], task: Task
+) -> None:
+    """Write predictions.npz: answers, and what tells whether they would be the same today.
+
+    That is `ids`; `outputs` in their order; `files`, those of the models, and `models`, the
+    SHA-256 of each; and `crop`, as `crop_of` gives it.
+    """
+    files = _files_of(models)
+    np.savez_compressed(
+        out / "predictions.npz",
+        ids=faces.ids,
+        outputs=outputs,
+        files=[str(file) for file in files],
+        models=[tracking.sha256(file) for file in files],
+        crop=crop_of(task),
+    )
+
+
+def crop_of(task: Task) -> list[float]:
+    """Return what determines a task's crops: size, channels and margin."""
+    return [task.size, task.channels, task.margin]
+
+
+def _files_of(models: Sequence[Path]) -> list[Path]:
+    return [
+        file
+        for path in models
+        for file in ([path] if path.is_file() else sorted(path.rglob("*")))
+        if file.is_file()
+    ]
 
 
 def task_of(models: Sequence[Runtime]) -> TaskName:

@@ -94,7 +94,8 @@ def verify(task: TaskName, params: Params) -> None:
         ):
             (partial / f"{file}.json").write_text(json.dumps(content, indent=2) + "\n")
         write_plots(faces, reference, params.evaluate, partial, f"{task} candidate, test")
-        save_predictions(partial, faces, reference, [candidate])
+        crop = params.tasks.named(task)
+        save_predictions(partial, faces, reference, [candidate], crop)
         made = {name: deployable.facts for name, deployable in found.items()}
         page = write_verification(test.scores, measured.numerics, measured.perf, budgets, made)
         (partial / "index.html").write_text(page)

@@ -85,7 +85,7 @@ def produce(
     for side, report in reports.items():
         faces = with_traits(faces_of_side("emotion", settings, side), settings)
         outputs = answer(faces.emotions, share[side], seed, fearful)
-        save_predictions(report, faces, outputs, [model])
+        save_predictions(report, faces, outputs, [model], settings)
         scores = measure(faces, outputs, params.evaluate)
         scores |= by_slice(faces, outputs, params.evaluate)
         name = "scores" if side == "val" else "test"

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import yaml
 
 from models.schemes import EMOTIONS
 from pipelines import compare, evaluate
@@ -274,6 +275,44 @@ def test_given_folders_an_ensemble_and_a_model_of_another_shape(here):
     assert rows["elsewhere"]["cost"]["parameters"] == wide.count_params()
     assert rows["elsewhere"]["n"] == rows["both"]["n"]
     assert "averaged: flip" in (here.root / "pages/compare.html").read_text()
+
+
+@pytest.fixture
+def both(here):
+    """Where `evaluate` has saved what an ensemble answers."""
+    members = [f"runs/emotion/{name}/model.keras" for name in ("plain", "compact")]
+    here.call(evaluate.main, "--model", *members, "--out", "both", "--side", "val")
+    return here
+
+
+ENSEMBLE = ("--task", "emotion", "--latency", "none", "--runs", "both")
+
+
+def test_answers_of_an_ensemble_count_where_its_members_are_not_at_hand(both):
+    shutil.rmtree(both.root / "runs/emotion/plain")
+    (row,) = compared(both, *ENSEMBLE)["models"]
+    assert row["answers"] == "saved by evaluate"
+
+
+def test_an_ensemble_of_which_a_member_was_trained_again_is_refused(both):
+    trained = both.root / "runs/emotion/compact/model.keras"
+    shutil.copy(trained, both.root / "runs/emotion/plain/model.keras")
+    said = r"both holds answers .* out of date: runs/emotion/plain/model\.keras has changed since;"
+    with pytest.raises(GrimaceError, match=said):
+        compared(both, *ENSEMBLE)
+
+
+@pytest.mark.parametrize(("key", "value"), [("size", 64), ("channels", 3), ("margin", 0.4)])
+def test_answers_to_other_crops_do_not_count(both, key, value):
+    path = both.root / "params.yaml"
+    raw = yaml.safe_load(path.read_text())
+    assert raw["tasks"]["emotion"][key] != value
+    raw["tasks"]["emotion"][key] = value
+    path.write_text(yaml.safe_dump(raw))
+    with pytest.raises(GrimaceError, match=r"both holds answers .* the crops had another size"):
+        compared(both, *ENSEMBLE)
+    (row,) = compared(both, *ENSEMBLE[:-1], "runs/emotion/plain")["models"]
+    assert row["answers"] == "computed here"
 
 
 def test_the_test_side_is_looked_at_on_request_alone(here):

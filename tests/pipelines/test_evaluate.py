@@ -817,7 +817,11 @@ def test_an_ensemble_on_the_graphs_own_validation_side(score, here, world):
     assert found["cost"]["bytes"] == sum(path.stat().st_size for path in models)
     assert found["slices"]["source"]["synthetic"]["n"] == len(images)
     assert json.loads((here / "both/scores.json").read_text()) == found
-    assert len(predicted["models"]) == 2
+    assert predicted["files"].tolist() == [str(path) for path in models]
+    sums = [hashlib.sha256(path.read_bytes()).hexdigest() for path in models]
+    assert predicted["models"].tolist() == sums
+    task = world.params.tasks.emotion
+    assert predicted["crop"].tolist() == [task.size, task.channels, task.margin]
     assert is_picture(here / "both/confusion.png")
 
 
