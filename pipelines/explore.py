@@ -253,8 +253,7 @@ def _accumulate(seen: Seen, example: Example, image: np.ndarray) -> None:
     grey = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)[..., None]
     to_eyes = _eye_alignment(example)
     if to_eyes is not None:
-        size, border = (SIDE, SIDE), cv2.BORDER_REPLICATE
-        face = cv2.warpAffine(grey, SIDE * to_eyes, size, borderMode=border)
+        face = _aligned(grey, to_eyes)
         aligned = example.landmarks @ to_eyes[:, :2].T + to_eyes[:, 2]
         seen.shape.add(aligned, example.visible[:, None])
     elif example.visible.any():
@@ -269,6 +268,25 @@ def _accumulate(seen: Seen, example: Example, image: np.ndarray) -> None:
             y / image.shape[0], x / image.shape[1], CELLS, range=((0, 1), (0, 1))
         )
         seen.heat += cells[0]
+
+
+def _aligned(grey: np.ndarray, to_eyes: np.ndarray) -> np.ndarray:
+    """Turn and scale a grey picture by a similarity from its pixels to crop coordinates.
+
+    Shrinking averages areas, as `crop` does. Returns uint8 (128, 128).
+    """
+    matrix = SIDE * to_eyes
+    matrix[:, 2] -= 0.5  # crop coordinates begin at the outer corner, pixels at a centre
+    scale = float(np.hypot(*matrix[:, 0]))
+    if scale < 1:
+        height, width = grey.shape[:2]
+        smaller = max(1, round(width * scale)), max(1, round(height * scale))
+        grey = cv2.resize(grey, smaller, interpolation=cv2.INTER_AREA)
+        # From pixels of the smaller picture to those of the picture, and from there as before.
+        ratio = np.array([width / smaller[0], height / smaller[1]])
+        matrix[:, 2] += matrix[:, :2] @ (0.5 * ratio - 0.5)
+        matrix[:, :2] *= ratio
+    return cv2.warpAffine(grey, matrix, (SIDE, SIDE), borderMode=cv2.BORDER_REPLICATE)
 
 
 def _eye_alignment(example: Example) -> np.ndarray | None:

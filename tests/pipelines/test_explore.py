@@ -93,6 +93,41 @@ def test_mean_face_is_the_mean_of_the_class():
     assert np.allclose(seen.faces["angry"].mean, 60) and np.allclose(seen.faces["happy"].mean, 200)
 
 
+def _with_eyes(picture: np.ndarray, eyes: np.ndarray) -> Example:
+    """A picture of one face whose eyes, ours left first, lie at these pixels."""
+    points = np.full((15, 2), 20, np.float32)
+    points[list(KAGGLE_15.eyes)] = eyes[::-1]
+    _, encoded = cv2.imencode(".png", picture)
+    return Example("a", encoded.tobytes(), landmarks=points, visible=np.ones(15, bool))
+
+
+@pytest.mark.parametrize("scale", [1, 4])
+def test_each_pixel_of_a_mean_face_is_the_mean_of_its_area(scale):
+    """As where the eyes are in their place already, but for the scale."""
+    size = 128 * scale
+    picture = np.random.default_rng(1).integers(0, 256, (size, size), np.uint8)
+    (found,) = look([_with_eyes(picture, explore.EYES * size - 0.5)]).faces.values()
+    areas = picture.reshape(128, scale, 128, scale).mean((1, 3))
+    np.testing.assert_allclose(found.mean, areas, atol=1)
+
+
+@pytest.mark.parametrize("apart", [30, 77, 240])
+@pytest.mark.parametrize("turn", [0.0, 0.5])
+def test_mean_faces_have_the_eyes_where_they_are_said_to_be(apart, turn):
+    middle, half = np.array([310.3, 290.8]), apart / 2 * np.array([np.cos(turn), np.sin(turn)])
+    eyes = np.stack([middle - half, middle + half])
+    y, x = np.mgrid[:600, :630]
+    away = [np.hypot(x - eye[0], y - eye[1]) for eye in eyes]
+    picture = sum(np.exp(-((8 * each / apart) ** 2)) for each in away) * 250
+    (found,) = look([_with_eyes(picture.astype(np.uint8), eyes)]).faces.values()
+    for number, half_face in enumerate((np.s_[:, :64], np.s_[:, 64:])):
+        bright = found.mean[half_face]
+        rows, columns = np.indices(bright.shape)
+        place = np.array([(bright * columns).sum(), (bright * rows).sum()]) / bright.sum()
+        place += [64 * number, 0]
+        np.testing.assert_allclose(place, explore.EYES[number] * 128 - 0.5, atol=0.15)
+
+
 def test_measures_and_labels_are_noted():
     examples = [
         _flat("a", 40, size=10, official_split="train", person="p"),
