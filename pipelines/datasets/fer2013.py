@@ -8,6 +8,7 @@ from models.schemes import EMOTIONS, FER2013_CSV_ORDER
 from pipelines.datasets.archive import Archive
 from pipelines.datasets.cells import encode_pixels
 from pipelines.datasets.example import Example
+from pipelines.datasets.folder import is_picture
 
 EXPECTED = (
     "train/EMOTION/*.jpg and test/EMOTION/*.jpg, images/train/EMOTION/*.jpg and "
@@ -51,11 +52,14 @@ def examples(archive: Archive) -> Iterator[Example]:
 
 def _from_folders(archive: Archive) -> Iterator[Example]:
     names = set(archive.names())
+    # How deep pictures lie: one beside them is of a misspelt class, and what is not is no example.
+    depths = {name.count("/") for name in names if _is_known_class(name)}
     for name in archive.names():
         path = PurePosixPath(name)
         *_, part, label, _ = ("", "", *path.parts)
         part, emotion = part.lower(), _emotion(label)
-        if (part not in _PARTS and emotion < 0) or _is_second_copy(name, names):
+        beside = is_picture(name) and name.count("/") in depths
+        if not (part in _PARTS or emotion >= 0 or beside) or _is_second_copy(name, names):
             continue
         image, defect = archive.read(name)
         official = _SPLITS.get(path.stem.split("_")[0], "")

@@ -122,6 +122,22 @@ def test_pictures_of_an_unknown_part_are_quarantined_rather_than_lost(tmp_path: 
     }
 
 
+@pytest.mark.parametrize("top", ["", "fer/"])
+def test_a_misspelt_class_of_an_unknown_part_is_quarantined_too(tmp_path: Path, top: str) -> None:
+    members = {
+        f"{top}train/happy/1.jpg": b"1",
+        f"{top}val/hapy/2.PNG": b"2",
+        f"{top}val/notes/read.txt": b"no picture",
+        f"{top}logo.png": b"not where pictures lie",
+        f"{top}docs/figures/old/logo.png": b"nor this",
+    }
+    found = read_folders(tmp_path, members)
+    assert {row.image: row.defect for row in found.values()} == {
+        b"1": "",
+        b"2": "unknown class folder 'hapy' (did you mean 'happy'?)",
+    }
+
+
 def test_damaged_image_is_quarantined(tmp_path: Path) -> None:
     read_folders(tmp_path, {"train/happy/Training_1.jpg": b"picture"})
     path = tmp_path / "fer2013.zip"
