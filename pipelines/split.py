@@ -12,9 +12,10 @@ Whose side:
 Who leaves: where examples of one person, or copies and near copies of one picture (the clusters
 that `filter` found), stand on different sides, the highest side keeps its own and the others
 leave, with split "out" and the reason; test is above val, val above train. So do those that a
-chain of persons and copies leads there: a copy of somebody's picture shows that person too. Nobody
-is moved. So an old id keeps its side or leaves, whatever is added later. (The one exception is a
-source that comes back with an official side it lacked before: its word then replaces the draw.)
+chain of persons and copies leads there: a copy of somebody's picture shows that person too, and
+ties them where `filter` has dropped it as well. Nobody is moved. So an old id keeps its side or
+leaves, whatever is added later. (The one exception is a source that comes back with an official
+side it lacked before: its word then replaces the draw.)
 
 Why classes are not divided by quota: to keep an old id on its side under every addition, its side
 must be what it would be with that id alone in the dataset, so it can depend on nothing but the
@@ -86,7 +87,8 @@ def make_index(
         examples: as `filter` left them, with their clusters.
         dataset: their dataset's name.
         params: seed and shares.
-        measured: columns id, brightness, yaw and face_size; ids that are not among them get NaN.
+        measured: columns id, person, cluster, brightness, yaw and face_size, also of what
+            `filter` dropped, whose ties count too; ids that are not among them get NaN.
 
     Returns:
         One row an example, in the order given: id; split ("train", "val", "test" or "out");
@@ -109,7 +111,7 @@ def make_index(
         side_of(key, params, among) for key, among in zip(table["key"], table["among"], strict=True)
     ]
     _check_draw(table, dataset, params)
-    table["reason"] = _why_out(table)
+    table["reason"] = _why_out(table, measured)
     table.loc[table["reason"] != "", "split"] = OUT
     table["group"] = table["person"].where(table["person"] != "", table["cluster"])
     table["group"] = table["group"].where(table["group"] != "", table["id"])
@@ -194,11 +196,13 @@ def _check_draw(table: pd.DataFrame, dataset: str, params: Split) -> None:
                 )
 
 
-def _why_out(table: pd.DataFrame) -> pd.Series:
+def _why_out(table: pd.DataFrame, measured: pd.DataFrame) -> pd.Series:
     """Say of each example why it must leave its side, "" where it need not."""
     rank = table["split"].map(SIDES.index)
     reason = pd.Series("", table.index)
-    family = families(table["person"].tolist(), table["cluster"].tolist())
+    # A dropped copy still says that its person is the one whose picture it copies.
+    persons, clusters = ([*table[kind], *measured[kind]] for kind in ("person", "cluster"))
+    family = families(persons, clusters)[: len(table)]
     table = table.assign(family=family.astype(str))
     kinds = ("cluster", "copy of"), ("person", "same person as"), ("family", "linked by copies to")
     for kind, words in kinds:

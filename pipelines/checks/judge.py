@@ -291,11 +291,12 @@ def _label_columns(
     rows = candidates[(candidates["label"] >= 0) & ~candidates["official_split"].isin(HELD_OUT)]
     if rule.action == "off" or rows["label"].nunique() < 2:
         return columns
-    # A person's pictures, and copies of a picture, must not be on both sides of a fold.
-    cluster = table["cluster"][rows.index]
-    names = rows["person"].where(rows["person"] != "", cluster)
+    # A person's pictures, and copies of a picture, must not be on both sides of a fold. A copy
+    # that is dropped ties two persons no less.
+    names = rows["person"].where(rows["person"] != "", table["cluster"][rows.index])
     names = names.where(names != "", rows["id"])
-    groups = names.groupby(families(rows["person"].tolist(), cluster.tolist())).transform("min")
+    family = families(table["person"].tolist(), table["cluster"].tolist())
+    groups = names.groupby(family[rows.index]).transform("min")
     faces, codes = kept.faces[rows.index], rows["label"].to_numpy()
     key = _label_key(rows["id"].tolist(), faces, codes, groups.tolist(), rule)
     if earlier is not None and key in set(earlier["label_key"]):

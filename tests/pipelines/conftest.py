@@ -70,6 +70,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
         measured = pd.DataFrame(
             {
                 "id": [face.id for face in faces],
+                "person": [face.person for face in faces],
+                "cluster": "",
                 "brightness": np.linspace(0, 1, len(faces)),
                 "yaw": np.linspace(-60, 60, len(faces)),
                 "face_size": 80.0,

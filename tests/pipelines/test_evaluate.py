@@ -983,7 +983,8 @@ def test_fifteen_points_from_split_to_scores(tmp_path, monkeypatch, score):
     for folder in (f"data/clean/{name}", f"reports/filter/{name}"):
         Path(folder).mkdir(parents=True)
     write_examples(faces, Path("data/clean", name))
-    measured = pd.DataFrame({"id": [face.id for face in faces]})
+    measured = pd.DataFrame({"id": [face.id for face in faces], "cluster": ""})
+    measured["person"] = [face.person for face in faces]
     measured.assign(brightness=range(count), yaw=np.nan, face_size=50.0).to_parquet(
         f"reports/filter/{name}/examples.parquet"
     )

@@ -16,11 +16,13 @@ import yaml
 from PIL import Image
 
 from models.schemes import EMOTIONS
+from pipelines import filter
 from pipelines.checks import duplicates
 from pipelines.checks.judge import Kept, judge
 from pipelines.checks.measures import COLUMNS as MEASURES
 from pipelines.cli import GrimaceError
 from pipelines.crops import decode
+from pipelines.datasets import builder
 from pipelines.datasets import examples as read_archive
 from pipelines.datasets.archive import open_archive
 from pipelines.datasets.example import Example
@@ -31,7 +33,7 @@ from pipelines.split import COLUMNS, OUT, SIDES, absent, check, main, make_index
 ROOT = Path(__file__).parents[2]
 REAL_DATA = ROOT.parent / "shared/datasets"
 PARAMS = Split(seed=2026, val=0.15, test=0.2)
-NOTHING = pd.DataFrame(columns=["id", "brightness", "yaw", "face_size"])
+NOTHING = pd.DataFrame(columns=["id", "person", "cluster", "brightness", "yaw", "face_size"])
 
 
 def index_of(
@@ -351,6 +353,8 @@ def test_columns_and_classes() -> None:
     measured = pd.DataFrame(
         {
             "id": ["c", "gone", "a"],
+            "person": ["p", "", ""],
+            "cluster": "",
             "brightness": [0.5, 0.1, 0.25],
             "yaw": [np.nan, 1.0, -30.0],
             "face_size": [48.0, 2.0, 96.0],
@@ -475,7 +479,8 @@ def test_the_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> N
     ids = [face.id for face in faces]
     sizes = np.arange(360.0)
     measured = {"id": ids, "brightness": 0.5, "yaw": np.nan, "face_size": sizes}
-    pd.DataFrame(measured).to_parquet(filtered / "examples.parquet")
+    ties = {name: [getattr(face, name) for face in copies] for name in ("person", "cluster")}
+    pd.DataFrame(measured | ties).to_parquet(filtered / "examples.parquet")
     shutil.copy(ROOT / "params.yaml", tmp_path)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["split", "--dataset", "fer2013"])
@@ -503,6 +508,46 @@ def test_the_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> N
     with pytest.raises(GrimaceError, match="no example on the"):
         main()
     assert len(pd.read_parquet("data/split/fer2013/index.parquet")) == 360
+
+
+@pytest.mark.parametrize("kind", ["exact copy", "label conflict"])
+def test_a_dropped_copy_brings_its_person_along(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """a1 and b1 are one picture; whether b1 or both are dropped, b2 shows whom a2 shows."""
+    params = yaml.safe_load((ROOT / "params.yaml").read_text())
+    params["filter"]["checks"]["no_face"] |= {"detectors": ["haar"], "votes": 1}
+    params["filter"]["checks"]["mislabelled"]["action"] = "off"
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(params))
+    monkeypatch.chdir(tmp_path)
+    drawn = {side_of(f"p{n}", load_params().split): f"p{n}" for n in range(50)}
+    assert set(drawn) == set(SIDES)
+
+    def face(id: str, side: str, emotion: int = 3, picture: str = "") -> Example:
+        pixels = np.random.default_rng([*(picture or id).encode()]).integers(0, 256, (24, 24, 3))
+        png = cv2.imencode(".png", pixels.astype(np.uint8))[1].tobytes()
+        return Example(id, png, emotion=emotion, person=drawn[side])
+
+    trained = [replace(face(f"t{n}", "train", n), person="") for n in range(99)]
+    trained = [e for e in trained if side_of(e.id, load_params().split) == "train"][:14]
+    trained = [replace(e, emotion=n % 7) for n, e in enumerate(trained)]
+    faces = [
+        face("a1", "test", picture="one"),
+        face("a2", "test"),
+        face("b1", "train", 4 if kind == "label conflict" else 3, picture="one"),
+        face("b2", "train"),
+        face("c", "val"),
+        *trained,
+    ]
+    builder.write(Path("data/raw/folder"), faces, "a card")
+    for stage in (filter.main, main):
+        monkeypatch.setattr(sys, "argv", ["stage", "--dataset", "folder"])
+        stage()
+    index = pd.read_parquet("data/split/folder/index.parquet").set_index("id")
+    stays = {"a2": "test", "b2": OUT, "c": "val", **{e.id: "train" for e in trained}}
+    assert dict(index["split"]) == stays | ({"a1": "test"} if kind == "exact copy" else {})
+    named = "a1" if kind == "exact copy" else "a2"
+    assert index.loc["b2", "reason"] == f"linked by copies to {named} on the test side"
 
 
 # Real data: the filter's own search for copies, then the split, then a search that shares nothing

@@ -505,8 +505,15 @@ def test_labels_are_judged_again_when_anything_else_changed(change: str) -> None
     assert not (again["label_quality"] == 0.125).any()
 
 
+@pytest.mark.parametrize(
+    ("action", "due"),
+    [
+        ("flag", ["p", "p", "p", "p", "e", "e", "g", "r"]),
+        ("drop", ["p", "p", "p", "e", "g", "r"]),  # without c and f
+    ],
+)
 def test_neither_a_person_nor_a_copy_stands_on_both_sides_of_a_fold(
-    monkeypatch: pytest.MonkeyPatch,
+    action: str, due: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[list[str]] = []
 
@@ -519,15 +526,15 @@ def test_neither_a_person_nor_a_copy_stands_on_both_sides_of_a_fold(
         row("a", person="p"),
         row("b", person="p", pixels="x"),
         row("c", person="q", pixels="x"),
-        row("d", person="q"),
+        row("d", person="q", label=5, **{"class": "sad"}),
         row("e", pixels="y"),
         row("f", pixels="y", label=5, **{"class": "sad"}),
         row("g"),
         row("h", person="r"),
     ]
-    judged(only(mislabelled=LINEAR, exact_duplicate="flag"), *rows)
+    judged(only(mislabelled=LINEAR, exact_duplicate=action), *rows)
     (groups,) = asked
-    assert groups == ["p", "p", "p", "p", "e", "e", "g", "r"]
+    assert groups == due
 
 
 @pytest.mark.parametrize("name", [name for name in Checks.model_fields if name != "mislabelled"])
