@@ -3,12 +3,12 @@ r"""Hold all models of a task against each other: one HTML page, and its figures
     python -m pipelines.compare --task emotion --out compare.html
     python -m pipelines.compare --task emotion --runs runs/emotion/plain ensemble/ --out few.html
 
-Compared are the models under runs/TASK, or those in the folders given: such as hold a model.keras,
-or what `evaluate --out` wrote (an ensemble, averaged answers, another runtime). Answers that
-`evaluate` has saved for the same crops of the same faces and the same model files are read, others
-are computed, or refused where the folder holds no model. All
-see the same faces; intervals resample whole groups (people, copies of one picture), as there.
-Latency is measured on this machine, all models by turns.
+Compared are the models under runs/TASK that are jobs in params.yaml, or those in the folders
+given: such as hold a model.keras, or what `evaluate --out` wrote (an ensemble, averaged answers,
+another runtime). Answers that `evaluate` has saved for the same crops of the same faces and the
+same model files are read, others are computed, or refused where the folder holds no model. All see
+the same faces; intervals resample whole groups (people, copies of one picture), as there. Latency
+is measured on this machine, all models by turns.
 """
 
 import argparse
@@ -47,11 +47,7 @@ def main() -> None:
     args = _arguments()
     params = load_params()
     faces = reference_faces(args.task, params, args.side)
-    folders = args.runs or sorted(
-        path.parent for path in Path("runs", args.task).glob("*/model.keras")
-    )
-    if not folders:
-        raise GrimaceError(f"runs/{args.task} holds no model; run `dvc repro train` or name --runs")
+    folders = args.runs or folders_of_jobs(args.task, params)
     models = [
         answers_of(folder, name, faces, args.task, args.side, params)
         for name, folder in names_of(folders).items()
@@ -81,7 +77,7 @@ def _arguments() -> argparse.Namespace:
         type=Path,
         nargs="+",
         metavar="DIR",
-        help="folders with a model.keras, or written by `evaluate --out`; default: runs/TASK/*",
+        help="folders with a model.keras, or written by `evaluate --out`; default: the jobs' own",
     )
     parser.add_argument(
         "--side",
@@ -125,6 +121,30 @@ class Answers:
     test_time: str
     cost: dict[str, int]
     tracked: bool
+
+
+def folders_of_jobs(task: TaskName, params: Params) -> list[Path]:
+    """Return the folders of the task's trained jobs; say which other models lie beside them.
+
+    Raises:
+        GrimaceError: no job is trained.
+    """
+    jobs = {job.model for job in params.train.jobs.values() if job.task == task}
+    found = sorted(path.parent for path in Path("runs", task).glob("*/model.keras"))
+    former = [folder.name for folder in found if folder.name not in jobs]
+    if former:
+        print(
+            f"warning: runs/{task}: passed over {', '.join(former)}: no job in params.yaml; to "
+            "compare them too, name all folders with --runs",
+            file=sys.stderr,
+        )
+    folders = [folder for folder in found if folder.name in jobs]
+    if not folders:
+        raise GrimaceError(
+            f"runs/{task} holds no model of {', '.join(sorted(jobs))}; run `dvc repro train` or "
+            "name --runs"
+        )
+    return folders
 
 
 def names_of(folders: Sequence[Path]) -> dict[str, Path]:

@@ -200,6 +200,22 @@ def test_what_evaluate_has_saved_is_compared(here, task, monkeypatch):
     assert f"--task {task} --latency none --out pages/compare.html" in page
 
 
+def test_a_model_that_left_the_parameters_is_passed_over(here, capsys):
+    runs = here.root / "runs/emotion"
+    shutil.copytree(runs / "compact", runs / "former")
+    result = compared(here, "--task", "emotion", "--latency", "none")
+    assert [row["name"] for row in result["models"]] == ["compact", "plain"]
+    assert "warning: runs/emotion: passed over former:" in capsys.readouterr().err
+    named = ("--runs", *(f"runs/emotion/{name}" for name in ("former", "plain")))
+    result = compared(here, "--task", "emotion", "--latency", "none", *named)
+    assert [row["name"] for row in result["models"]] == ["former", "plain"]
+    assert capsys.readouterr().err.count("passed over") == 0
+    for name in ("plain", "compact"):
+        shutil.rmtree(runs / name)
+    with pytest.raises(GrimaceError, match="runs/emotion holds no model of compact, plain; run"):
+        compared(here, "--task", "emotion", "--latency", "none")
+
+
 def test_a_model_trained_again_is_asked_again(here):
     shutil.copy(
         here.root / "runs/emotion/compact/model.keras",

@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import yaml
+from dvc.repo import Repo
 
 from pipelines import select
 from pipelines.cli import GrimaceError
@@ -14,6 +15,7 @@ from pipelines.measures import bootstrap_weights
 from pipelines.params import Evaluate, SelectTask
 from pipelines.split import side_of
 
+ROOT = Path(__file__).parents[2]
 ACCURACY = SelectTask(metric="accuracy", higher_is_better=True)
 NME = SelectTask(metric="nme_interocular", higher_is_better=False)
 SETTINGS = Evaluate(resamples=300, seed=1, gallery=1)
@@ -171,6 +173,29 @@ def test_a_model_that_left_the_parameters_is_not_chosen(selected, tmp_path):
     here.call(select.main, "--task", "emotion")
     report = json.loads((tmp_path / "reports" / "select" / "emotion.json").read_text())
     assert report["candidate"] == "compact"
+
+
+@pytest.mark.parametrize("name", ["select", "compare"])
+def test_dvc_runs_it_again_when_a_job_leaves_the_parameters(name, tmp_path, monkeypatch):
+    """The stage is the real one of dvc.yaml, less what it depends on besides params.yaml."""
+    monkeypatch.chdir(tmp_path)
+    stage = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"][name]
+    stage["do"] |= {"deps": []}
+    Path("dvc.yaml").write_text(yaml.safe_dump({"stages": {name: stage}}))
+    params = yaml.safe_load((ROOT / "params.yaml").read_text())
+    Path("params.yaml").write_text(yaml.safe_dump(params))
+    for written in (*stage["do"]["outs"], *stage["do"].get("metrics", ())):
+        path = Path(written.replace("${key}", "emotion"))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("{}")
+    with Repo.init(no_scm=True) as repo:
+        repo.commit(f"{name}@emotion", force=True)
+        assert repo.status([f"{name}@emotion"]) == {}
+    del params["train"]["jobs"]["emotion-plain"]
+    Path("params.yaml").write_text(yaml.safe_dump(params))
+    with Repo() as repo:
+        (changed,) = repo.status([f"{name}@emotion"])[f"{name}@emotion"]
+    assert "train.jobs" in changed["changed deps"]["params.yaml"]
 
 
 def test_nothing_evaluated(selected, tmp_path):
