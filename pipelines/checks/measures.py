@@ -34,6 +34,8 @@ SOURCES = (
     "checks/landmarks.py",
     "checks/measures.py",
     "crops.py",
+    "datasets/example.py",
+    "detectors.py",
     "../models/schemes.py",
 )
 LIBRARIES = (
