@@ -165,6 +165,7 @@ def measure_all(
     from tqdm import tqdm
 
     from pipelines.checks import duplicates
+    from pipelines.checks.faces import labelled_box
     from pipelines.checks.judge import DERIVED, Kept
     from pipelines.checks.measures import FACE_SIDE, digest, measure, settings_digest
     from pipelines.fanout import fan_out
@@ -177,6 +178,7 @@ def measure_all(
     order: list[str] = []
     landmarks: list[np.ndarray] = []
     visible: list[np.ndarray] = []
+    boxes: list[Sequence[float]] = []
 
     def keyed() -> Iterator[tuple["Example", str, bool]]:
         for example in read():
@@ -185,6 +187,7 @@ def measure_all(
             order.append(key)
             landmarks.append(example.landmarks)
             visible.append(example.visible)
+            boxes.append(labelled_box(example) or (math.nan,) * 4)
             yield example, key, key in known.index
 
     chunks = _chunked(keyed())
@@ -218,7 +221,7 @@ def measure_all(
     taken_over = known[known.index.isin(order)]
     rows = pd.concat([taken_over, *frames] if len(taken_over) else frames)
     return rows.loc[order].reset_index(drop=True), Kept(
-        **pictures, landmarks=landmarks, visible=visible
+        **pictures, landmarks=landmarks, visible=visible, boxes=np.array(boxes, np.float64)
     )
 
 

@@ -180,6 +180,25 @@ def _alike_from_afar(coarse: np.ndarray, pairs: np.ndarray, flips: np.ndarray) -
     return alike
 
 
+def one_face(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """Say of pairs of copies whether they show one face, not two faces of one photograph.
+
+    Args:
+        first, second: float (k, 4) each, boxes as left, top, right, bottom in shares of their
+            pictures; NaN where the source does not say where the face is.
+
+    Returns:
+        bool (k,), whether the centre of one box lies in the other; true where either is unknown.
+    """
+    unknown = np.isnan(first).any(axis=1) | np.isnan(second).any(axis=1)
+    return unknown | _around_centre(first, second) | _around_centre(second, first)
+
+
+def _around_centre(boxes: np.ndarray, others: np.ndarray) -> np.ndarray:
+    centres = (others[:, :2] + others[:, 2:]) / 2
+    return ((boxes[:, :2] <= centres) & (centres <= boxes[:, 2:])).all(axis=1)
+
+
 def surplus(near: NearCopies) -> list[tuple[int, int, int]]:
     """Choose which near copies are surplus, where lower positions are the better ones.
 

@@ -57,6 +57,17 @@ def seed_keeps(rgb: np.ndarray) -> bool:
     return _haar(rgb) > 0
 
 
+def labelled_box(example: Example) -> Box | None:
+    """Return where its source says the face is: around the landmarks, else the source's box.
+
+    In pixels of the picture; None where the source does not say.
+    """
+    points = example.landmarks[example.visible]
+    if len(points) > 1:
+        return Box(*points.min(axis=0).tolist(), *points.max(axis=0).tolist())
+    return example.box
+
+
 def box_measures(example: Example, shape: tuple[int, ...]) -> dict[str, float]:
     """Measure the face's box: around the landmarks, else the source's, else the whole picture.
 
@@ -70,11 +81,7 @@ def box_measures(example: Example, shape: tuple[int, ...]) -> dict[str, float]:
     """
     # Pixel centres are whole numbers, so the picture reaches half a pixel beyond the outer ones.
     right, bottom = shape[1] - 0.5, shape[0] - 0.5
-    points = example.landmarks[example.visible]
-    if len(points) > 1:
-        box = Box(*points.min(axis=0).tolist(), *points.max(axis=0).tolist())
-    else:
-        box = example.box or Box(-0.5, -0.5, right, bottom)
+    box = labelled_box(example) or Box(-0.5, -0.5, right, bottom)
     width, height = box.right - box.left, box.bottom - box.top
     inside_width = min(box.right, right) - max(box.left, -0.5)
     inside_height = min(box.bottom, bottom) - max(box.top, -0.5)

@@ -70,6 +70,8 @@ class Kept:
         faces: uint8 (n, S, S), the face crops in grey.
         landmarks: float (N, 2) each, pixels.
         visible: bool (N,) each.
+        boxes: float (n, 4), where the sources say the faces are: left, top, right, bottom in
+            pixels; NaN where they do not.
     """
 
     coarse: np.ndarray
@@ -77,6 +79,7 @@ class Kept:
     faces: np.ndarray
     landmarks: Sequence[np.ndarray]
     visible: Sequence[np.ndarray]
+    boxes: np.ndarray
 
 
 def judge(
@@ -178,8 +181,11 @@ def _copies(
 ) -> tuple[list[Finding], list[str]]:
     """Find copies among the readable pictures, and near copies among those of them that are sound.
 
-    Of equal pictures on one official side, that with the most labels is the original.
+    Of equal pictures on one official side, that with the most labels is the original. Rows of one
+    picture, or of near copies, that name different faces share a cluster, as all must stand on one
+    side; but neither is a copy of the other.
     """
+    boxes = _relative(kept.boxes, table)
     ordered = readable.assign(
         rank=readable["official_split"].map(PRIORITY),
         unlabelled=readable["class"] == "unlabelled",
@@ -187,12 +193,16 @@ def _copies(
     ).sort_values(["rank", "unlabelled", "points", "id"], kind="stable")
     findings: list[Finding] = []
     pairs = [np.zeros((0, 2), np.int64)]
+    photographs = pairs.copy()  # of rows with different faces
     distinct = ordered
     if checks.exact_duplicate.action != "off":
-        distinct = ordered.drop_duplicates("pixels")
-        first = ordered["pixels"].map(pd.Series(distinct.index, distinct["pixels"]))
-        copies = readable[first.loc[readable.index] != readable.index]
-        originals = first[copies.index]
+        original = _originals(ordered, boxes)
+        distinct = ordered[original == ordered.index]
+        pictures = ordered.drop_duplicates("pixels")
+        first = ordered["pixels"].map(pd.Series(pictures.index, pictures["pixels"]))
+        photographs.append(np.column_stack([first, ordered.index]))
+        copies = readable[original.loc[readable.index] != readable.index]
+        originals = original[copies.index]
         evidence = [f"same pixels as {id}" for id in table["id"][originals]]
         scores = [1.0] * len(copies)
         findings += _found(copies, "exact_duplicate", checks.exact_duplicate, evidence, scores, 1.0)
@@ -211,6 +221,8 @@ def _copies(
             rule.correlation,
             workers,
         )
+        photographs.append(rows[near.pairs])
+        near = _of_one_face(near, boxes[rows])
         pairs.append(rows[near.pairs])
         surplus = duplicates.surplus(near)
         copies = table.loc[[rows[position] for position, _, _ in surplus]]
@@ -218,8 +230,39 @@ def _copies(
         evidence = [f"{kinds[pair]} of {table['id'][rows[stays]]}" for _, stays, pair in surplus]
         scores = [float(near.correlations[pair]) for _, _, pair in surplus]
         findings += _found(copies, "near_duplicate", rule, evidence, scores, rule.correlation)
-    clusters = duplicates.clusters(table["id"].tolist(), np.concatenate(pairs))
-    return findings + _conflicts(table.assign(cluster=clusters), checks), clusters
+    ids = table["id"].tolist()
+    alike = duplicates.clusters(ids, np.concatenate(pairs))
+    findings += _conflicts(table.assign(cluster=alike), checks)
+    return findings, duplicates.clusters(ids, np.concatenate([*pairs, *photographs]))
+
+
+def _relative(boxes: np.ndarray, table: pd.DataFrame) -> np.ndarray:
+    """Turn boxes in pixels into shares of their pictures, which may come in several sizes."""
+    size = table[["width", "height"]].to_numpy(float)
+    return (boxes + 0.5) / np.hstack([size, size])
+
+
+def _originals(ordered: pd.DataFrame, boxes: np.ndarray) -> pd.Series:
+    """Return for each row the first with its pixels and its face, by index; the best come first."""
+    originals = {row: row for row in ordered.index}
+    alike = ordered[ordered.duplicated("pixels", keep=False)]
+    for _, rows in alike.groupby("pixels"):
+        stay: list[int] = []
+        for row in rows.index:
+            same = duplicates.one_face(boxes[stay], np.broadcast_to(boxes[row], (len(stay), 4)))
+            if same.any():
+                originals[row] = stay[int(same.argmax())]
+            else:
+                stay.append(row)
+    return pd.Series(originals, ordered.index, dtype=ordered.index.dtype)
+
+
+def _of_one_face(near: duplicates.NearCopies, boxes: np.ndarray) -> duplicates.NearCopies:
+    """Leave out the pairs that show different faces."""
+    first, second = boxes[near.pairs[:, 0]], boxes[near.pairs[:, 1]]
+    flipped = np.column_stack([1 - second[:, 2], second[:, 1], 1 - second[:, 0], second[:, 3]])
+    same = duplicates.one_face(first, np.where(near.mirrored[:, None], flipped, second))
+    return duplicates.NearCopies(near.pairs[same], near.mirrored[same], near.correlations[same])
 
 
 def _conflicts(table: pd.DataFrame, checks: Checks) -> list[Finding]:

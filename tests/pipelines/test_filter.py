@@ -516,6 +516,23 @@ def test_the_wrong_archive(command: Callable[..., None], archive: Path) -> None:
         command("--dataset", "ytf_keypoints", "--archive", archive, "--out", "audit")
 
 
+def test_all_faces_of_one_picture_stay(command: Callable[..., None]) -> None:
+    points = np.random.default_rng(5).integers(10, 50, (15, 2))
+    names = [f"{axis}{number}" for number in range(15) for axis in "xy"]
+    lines = [["image", *names, "person", "emotion"]]
+    for right, *said in ((0, "Ann", "happy"), (60, "Bob", "sad"), (1, "Ann", "happy")):
+        moved = points + np.array([right, 0])
+        lines.append(["both.png", *map(str, moved.ravel()), *said])
+    Path("faces").mkdir()
+    Path("faces/both.png").write_bytes(picture(1, size=120))
+    Path("faces/landmarks.csv").write_text("".join(",".join(line) + "\n" for line in lines))
+    command("--dataset", "folder", "--archive", "faces", "--out", "audit")
+    table = pd.read_parquet("audit/examples.parquet")
+    assert table["kept"].tolist() == [True, True, False]
+    assert table["reason"].tolist() == ["", "", "exact_duplicate"]
+    assert table["cluster"].nunique() == 1 and (table["cluster"] != "").all()
+
+
 def test_the_projects_own_faces_are_good(measured) -> None:
     """What the default graph runs on loses nothing."""
     from pipelines.checks.judge import judge

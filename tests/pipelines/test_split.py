@@ -18,6 +18,7 @@ from PIL import Image
 from models.schemes import EMOTIONS
 from pipelines import filter
 from pipelines.checks import duplicates
+from pipelines.checks.faces import labelled_box
 from pipelines.checks.judge import Kept, judge
 from pipelines.checks.measures import COLUMNS as MEASURES
 from pipelines.cli import GrimaceError
@@ -569,6 +570,8 @@ def found_by_filter(faces: list[Example]) -> list[Example]:
                 "label": face.emotion,
                 "official_split": face.official_split,
                 "person": face.person,
+                "width": rgb.shape[1],
+                "height": rgb.shape[0],
                 "std": rgb.std(),
                 "pixels": duplicates.pixel_digest(rgb),
                 "hash": hash,
@@ -589,6 +592,7 @@ def found_by_filter(faces: list[Example]) -> list[Example]:
         np.zeros((len(faces), 48, 48), np.uint8),
         [face.landmarks for face in faces],
         [face.visible for face in faces],
+        np.array([labelled_box(face) or (np.nan,) * 4 for face in faces]),
     )
     table, _ = judge(measures, kept, checks.model_copy(update=off))
     cluster = dict(zip(table["id"], table["cluster"], strict=True))

@@ -11,6 +11,7 @@ from pipelines.checks.duplicates import (
     correlation,
     details,
     near_copies,
+    one_face,
     perceptual_hashes,
     pixel_digest,
     similar_hashes,
@@ -183,6 +184,21 @@ def test_flat_pictures_do_not_correlate(flat: str) -> None:
 
 
 # what stays
+
+
+@pytest.mark.parametrize(
+    ("second", "one"),
+    [
+        ((0.1, 0.1, 0.5, 0.5), True),
+        ((0.25, 0.2, 0.35, 0.4), True),  # fewer points of the same face
+        ((0.0, 0.3, 0.6, 0.3), True),  # two points on a line
+        ((0.45, 0.1, 0.85, 0.5), False),  # side by side
+        ((np.nan,) * 4, True),
+    ],
+)
+def test_boxes_tell_faces_apart(second: tuple[float, ...], one: bool) -> None:
+    boxes = np.array([(0.1, 0.1, 0.5, 0.5), second])
+    assert one_face(boxes, boxes[::-1]).tolist() == [one, one]
 
 
 def copies(*pairs: tuple[int, int, float]) -> NearCopies:

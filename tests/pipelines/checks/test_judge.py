@@ -72,6 +72,7 @@ def judged(
     faces: np.ndarray | None = None,
     shapes: Sequence[np.ndarray] | None = None,
     earlier: pd.DataFrame | None = None,
+    boxes: Sequence[Sequence[float] | None] | None = None,
 ) -> tuple[pd.DataFrame, list[Finding]]:
     n = len(rows)
     rng = np.random.default_rng(0)
@@ -89,7 +90,8 @@ def judged(
     if shapes is None:
         shapes = [np.zeros((0, 2), np.float32)] * n
     visible = [np.ones(len(points), bool) for points in shapes]
-    kept = Kept(coarse, sharp, faces, shapes, visible)
+    places = np.array([box or (np.nan,) * 4 for box in boxes or [None] * n])
+    kept = Kept(coarse, sharp, faces, shapes, visible, places)
     return judge(table, kept, checks, restore, earlier=earlier)
 
 
@@ -310,6 +312,58 @@ def test_the_training_copy_of_a_test_picture_is_the_surplus_one() -> None:
     table, findings = judged(only(near_duplicate="drop"), *rows, pictures=pictures)
     assert table["kept"].tolist() == [False, True]
     assert findings[0].evidence == "near copy of b"
+
+
+# several faces in one picture
+
+LEFT, RIGHT = (2, 4, 20, 22), (26, 4, 44, 22)  # of 48 pixels
+SAD = {"class": "sad", "label": 5}
+
+
+def test_the_faces_of_one_picture_share_a_cluster_and_all_stay() -> None:
+    rows = [
+        row("a", pixels="p", person="x"),
+        row("b", pixels="p", person="y", **SAD),
+        row("c", pixels="p", person="x", official_split="train"),
+        row("d", pixels="p", **SAD),
+        row("e", pixels="p"),
+        row("f"),
+    ]
+    boxes = [LEFT, RIGHT, (3, 3, 21, 23), (30, 8, 40, 18), None, LEFT]
+    table, findings = judged(CHECKS, *rows, boxes=boxes)
+    assert by_id(findings) == {id: ["exact_duplicate"] for id in "ade"}
+    assert [f.evidence for f in findings] == [f"same pixels as {id}" for id in "cbc"]
+    assert table["cluster"].tolist() == ["a", "a", "a", "a", "a", ""]
+
+
+def test_one_face_with_two_labels_is_a_conflict_beside_another_face() -> None:
+    rows = row("a", pixels="p"), row("b", pixels="p", **SAD), row("c", pixels="p", **SAD)
+    table, findings = judged(CHECKS, *rows, boxes=[LEFT, RIGHT, LEFT])
+    assert by_id(findings) == {"a": ["label_conflict"], "c": ["exact_duplicate", "label_conflict"]}
+    assert table["kept"].tolist() == [False, True, False]
+    assert set(table["cluster"]) == {"a"}
+
+
+@pytest.mark.parametrize("exact", ["drop", "off"])
+@pytest.mark.parametrize("mirrored", [False, True])
+def test_the_faces_of_near_copies_are_matched(exact: str, mirrored: bool) -> None:
+    first, second = noise(1), mixed(noise(1), noise(2), 0.2)
+    if mirrored:
+        second = second[:, ::-1]
+    rows = [
+        row("a", pixels="p"),
+        row("b", pixels="p", **SAD),
+        row("c", pixels="q", width=96.0, height=96.0),
+        row("d", pixels="q", width=96.0, height=96.0, **SAD),
+    ]
+    large = [tuple(2 * np.array(box)) for box in (LEFT, RIGHT)]
+    boxes = [LEFT, RIGHT, *(large[::-1] if mirrored else large)]
+    checks = only(exact_duplicate=exact, near_duplicate="drop", label_conflict="drop")
+    table, findings = judged(checks, *rows, pictures=[first] * 2 + [second] * 2, boxes=boxes)
+    assert by_id(findings) == {"c": ["near_duplicate"], "d": ["near_duplicate"]}
+    kind = "mirror image" if mirrored else "near copy"
+    assert [f.evidence for f in findings] == [f"{kind} of a", f"{kind} of b"]
+    assert set(table["cluster"]) == {"a"}
 
 
 # labels of copies
