@@ -101,8 +101,8 @@ def test_mistakes_are_told() -> None:
         make_plan("emotion-compact", params)
     with pytest.raises(GrimaceError, match="cannot be so: dropout: input should be less than 1"):
         with_job(params, "emotion-plain", {"dropout": 1.5})
-    with pytest.raises(GrimaceError, match="'f1_macro' is not measured after every epoch"):
-        plan(**{"select.emotion.metric": "f1_macro"})
+    with pytest.raises(GrimaceError, match="'macro_f1' is not measured after every epoch"):
+        plan(**{"select.emotion.metric": "macro_f1"})
     Path("data/augment/emotion/meta.json").unlink()
     with pytest.raises(GrimaceError, match="data/augment/emotion holds no shards"):
         make_plan("emotion-plain", params)
