@@ -453,7 +453,8 @@ def test_all_classes_are_asked_of_what_emotions_are_learnt_from(
     examples = [e for e in on_each_side() if e.emotion < 3]
     write_examples(examples, clean)
     measured = {"id": [e.id for e in examples], "brightness": 0.5, "yaw": 0.0, "face_size": 9.0}
-    pd.DataFrame(measured).to_parquet(filtered / "examples.parquet")
+    ties = {"person": [e.person for e in examples], "cluster": [e.cluster for e in examples]}
+    pd.DataFrame(measured | ties).to_parquet(filtered / "examples.parquet")
     raw = yaml.safe_load((ROOT / "params.yaml").read_text())
     raw["tasks"][task]["dataset"] = "folder"
     (tmp_path / "params.yaml").write_text(yaml.safe_dump(raw))
