@@ -66,7 +66,10 @@ def main() -> None:
     busy = others_share()
     total = prepare(args.raw, args.work, args.limit)
     rounds = [{arm: in_its_own_process(arm, args) for arm in ARMS} for _ in range(args.repeats)]
-    steps = {name: in_its_own_process(name, args, "--step") for name in load_params().train.jobs}
+    steps = {
+        name: in_its_own_process(name, args, "--step") | {"precision": job.precision}
+        for name, job in load_params().train.jobs.items()
+    }
     results = {
         "command": f"python -m benchmarks.train --precision {args.precision} "
         f"--limit {args.limit} --repeats {args.repeats}"
@@ -352,7 +355,7 @@ def page(results: dict[str, Any]) -> str:
             f"{1e3 * row['float32']:.1f}",
             f"{1e3 * row['mixed_bfloat16']:.1f}",
             f"{row['float32'] / row['mixed_bfloat16']:.2f}",
-            load_params().train.jobs[name].precision,
+            row["precision"],
         )
         for name, row in results["steps"].items()
     ]

@@ -251,11 +251,13 @@ def _clear(journal: tracking.Journal, out: Path) -> None:
 def _remove(folder: Path) -> None:
     """Remove a folder at once: half of it would be gone on with after a kill.
 
-    With it goes what an earlier kill left of others.
+    With it goes what earlier kills left, of this name or another.
     """
-    folder.rename(folder.with_name(f".{folder.name}.gone"))
-    for gone in folder.parent.glob(".*.gone"):
-        rmtree(gone, ignore_errors=True)  # another process may be at it too
+    gone = folder.with_name(f".{folder.name}.gone")
+    for left in folder.parent.glob(".*.gone"):
+        rmtree(left, ignore_errors=True)  # another process may be at it too
+    folder.rename(gone)
+    rmtree(gone)
 
 
 def _check_taken(job: Job, came: Path) -> None:

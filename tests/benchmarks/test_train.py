@@ -59,6 +59,7 @@ def test_the_page_compares_round_by_round() -> None:
     rounds = [arms(200, 100), arms(200, 50)]
     results = {"command": "it", "date": "today", "images": 9, "precision": "float32"}
     results["steps"] = {"emotion-plain": {"float32": 0.03, "mixed_bfloat16": 0.02}}
+    results["steps"]["emotion-plain"]["precision"] = "mixed_bfloat16"
     page = train.page(results | {"rounds": rounds, "peak": None})
     assert "| generator | 75 | 3.00 (2.00 – 4.00) | 0.75 (0.50 – 1.00) |" in page
     assert "| emotion-compact | 1,000 | 2.00 (2.00 – 2.00) | 1.0% | no GPU |" in page

@@ -101,7 +101,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trained]:
     assert killed.returncode == -9 and not (root / "runs/emotion/plain").exists()
     (journal,) = root.glob("checkpoints/emotion-plain-*/journal.json")
     first_run = json.loads(journal.read_text())["run"]
-    (root / "checkpoints/.another.gone/half").mkdir(parents=True)  # whose removal was killed
+    for name in (journal.parent.name, "another"):  # whose removals were killed
+        (root / f"checkpoints/.{name}.gone/half").mkdir(parents=True)
     ended = start(root)
     said, errors = ended.communicate()
     assert ended.returncode == 0, errors
