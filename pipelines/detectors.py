@@ -20,9 +20,9 @@ from pipelines.datasets.example import Box
 
 SIDE = 128  # of BlazeFace's input, in pixels
 SURE = 0.5  # probability from which a find counts, as in MediaPipe
-# Of what only further looks at a still picture see, as there are some twenty of them. On 152 frames
-# of YouTube Faces, three times enlarged, 0.5 found 98 faces too many and this 11, some of them of
-# people behind; of 48 faces of some 40 pixels it loses 3 that 0.5 finds.
+# Of what only further looks at a still picture see, as there are some twenty of them. By
+# `benchmarks/detection.py`: on 152 enlarged frames of YouTube Faces 0.5 makes 124 other finds and
+# this 11, some of them people behind; of 144 small faces 0.5 finds 134 and this 122.
 SURE_AGAIN = 0.65
 OVERLAP = 0.3  # finds that overlap by more (intersection over union) are one face
 BORDER = 0.25  # around a picture: a face that fills it is seen only with a border
